@@ -1,0 +1,468 @@
+"""What is written down about a run: `report.json` beside a converted model, and the result files of the repository.
+
+    Report   report.json            everything, plots can be drawn again from it
+    Result   recipes/results/<method>/<model>.json   the same without plan, series and pictures
+    Bench    benchmarks/results/*.json               speed and memory
+
+Numbers are kept to six significant digits; one that is missing or not finite is null. Byte counts are per sequence.
+Reading refuses unknown and missing keys. Written by hand: never.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
+
+import numpy as np
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from linearize.storage import write_atomic
+from linearize.types import InputError, StorageError, nearest
+
+VERSION = 1
+DIGITS = 6
+
+
+def _number(value: Any) -> Any:
+    """null for what is not finite, six significant digits otherwise; what is no number is left to pydantic."""
+    if hasattr(value, "item") and getattr(value, "ndim", 1) == 0:
+        value = value.item()
+    if isinstance(value, float):
+        return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
+    return value
+
+
+#: A number as measured, or None where it was not.
+Number = Annotated[float | None, BeforeValidator(_number)]
+
+
+class Strict(BaseModel):
+    """Unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Commit(Strict):
+    """id: of the checkout (None: not a checkout). dirty: code or recipes differ from it. package: its version."""
+
+    id: str | None
+    dirty: bool | None
+    package: str
+
+    def __str__(self) -> str:
+        return f"{self.id[:10]}{' + changes' if self.dirty else ''}" if self.id else f"linearize {self.package}"
+
+
+class Machine(Strict):
+    """cores: usable by this process. memory: bytes. device: the accelerator's name, or "cpu"."""
+
+    cpu: str
+    cores: int
+    threads: int
+    memory: int | None
+    device: str
+    system: str
+
+
+class Provenance(Strict):
+    """Who, with what and when: in every file. date: UTC, ISO 8601."""
+
+    version: Literal[1] = VERSION
+    command: str
+    commit: Commit
+    machine: Machine
+    versions: dict[str, str]
+    date: str
+
+
+class Model(Strict):
+    """The teacher. layers: attention layers found; converted: how many of them were replaced."""
+
+    id: str
+    revision: str | None = None
+    type: str | None = None
+    parameters: int | None = None
+    layers: int | None = None
+    converted: int | None = None
+    dtype: str | None = None
+    license: str | None = None
+
+
+class Row(Strict):
+    """One model measured on one text.
+
+    name: see tables.LABELS. perplexity = exp(nll). kl: KL(teacher || this), nats per token. top1: share of positions
+    where both rank the same token first. copy_nll: nats on copy-from-beyond tokens, copy_share: their share of all.
+    gap_closed: share of the window-to-teacher gap closed on them. marginal: nats lost with the linear branch off.
+    residual_error: relative error of the residual stream by depth. by_position: nats at positions 1, 2, ...
+    cache_bytes: what one sequence keeps after so many tokens. spread: standard deviation over seeds, by metric.
+    parts: the same metrics on named parts of the text.
+    """
+
+    METRICS: ClassVar[tuple[str, ...]] = (
+        "perplexity", "nll", "kl", "top1", "copy_nll", "copy_share", "gap_closed", "marginal",
+    )  # fmt: skip
+
+    name: str
+    perplexity: Number = None
+    nll: Number = None
+    kl: Number = None
+    top1: Number = None
+    copy_nll: Number = None
+    copy_share: Number = None
+    gap_closed: Number = None
+    marginal: Number = None
+    tokens: int | None = None
+    residual_error: list[Number] | None = None
+    by_position: list[Number] | None = None
+    cache_bytes: dict[int, int] | None = None
+    spread: dict[str, Number] = {}
+    parts: dict[str, dict[str, Number]] = {}
+
+
+class Stage(Strict):
+    """What a stage did (types.StageReport). series: one number per logged step, see plots.loss_by_layer."""
+
+    name: str
+    steps: int
+    tokens: int
+    seconds: Number
+    tokens_per_second: Number = None
+    first: Number = None
+    last: Number = None
+    series: dict[str, list[Number]] = {}
+    notes: list[str] = []
+
+    @model_validator(mode="after")
+    def _speed(self) -> Stage:
+        if self.tokens_per_second is None and self.seconds and self.tokens:
+            self.tokens_per_second = _number(self.tokens / self.seconds)
+        return self
+
+    @property
+    def trains(self) -> bool:
+        """Whether its tokens count as training (self-generation's do not)."""
+        return self.name.startswith(("transfer", "finetune"))
+
+
+class Bytes(Strict):
+    """What one sequence keeps: the converted model's states (and the caches of layers left alone) against the teacher's
+    cache."""
+
+    state_bytes: int
+    kv_bytes: int
+
+
+class Sample(Strict):
+    """One prompt, continued by both."""
+
+    prompt: str
+    teacher: str
+    student: str
+
+
+class Generation(Strict):
+    """nll_*: the teacher's nats per token on its own and on the student's continuations.
+
+    repetition_*: share of repeated 4-grams.
+    """
+
+    nll_teacher: Number = None
+    nll_student: Number = None
+    repetition_teacher: Number = None
+    repetition_student: Number = None
+
+
+class Pair(Strict):
+    """One number per layer (axis 0) and head (axis 1), before and after."""
+
+    teacher: list[list[Number]]
+    student: list[list[Number]]
+
+
+class Picture(Strict):
+    """Attention weights [T, T] of one head, as bytes: 255 * sqrt(weight), base64. tokens: labels, if wanted."""
+
+    layer: int
+    head: int
+    size: int
+    teacher: str
+    student: str
+    tokens: list[str] | None = None
+
+    @classmethod
+    def pack(cls, layer: int, head: int, teacher: Any, student: Any, tokens: list[str] | None = None) -> Picture:
+        """From two [T, T] arrays or CPU tensors. Negative weights (a mixer may have them) are shown as 0."""
+        size = len(teacher)
+
+        def pack(weights: Any) -> str:
+            clipped = np.clip(np.nan_to_num(np.asarray(weights, dtype=np.float64)), 0, 1)
+            return base64.b64encode(np.rint(255 * np.sqrt(clipped)).astype(np.uint8).tobytes()).decode()
+
+        return cls(layer=layer, head=head, size=size, teacher=pack(teacher), student=pack(student), tokens=tokens)
+
+    def unpack(self, which: Literal["teacher", "student"]) -> np.ndarray:
+        """The weights [T, T], to within 1/255 of their root. Raises InputError where the bytes do not fit `size`."""
+        raw = base64.b64decode(getattr(self, which))
+        if len(raw) != self.size**2:
+            raise InputError(f"attention picture of layer {self.layer}: {len(raw)} bytes for size {self.size}")
+        return (np.frombuffer(raw, np.uint8).reshape(self.size, self.size) / 255.0) ** 2
+
+
+class Diagnostics(Strict):
+    """layers: the layer number of each row of the pairs. entropy: nats. monotonicity: Spearman, -1..1."""
+
+    layers: list[int] = []
+    entropy: Pair | None = None
+    monotonicity: Pair | None = None
+    pictures: list[Picture] = []
+
+
+class SiteInfo(Strict):
+    """One attention layer: what became of it, and why where it was left alone."""
+
+    name: str
+    layer: int | None
+    converted: bool
+    why: str | None = None
+    drops: list[str] = []
+
+
+class Curve(Strict):
+    """A quantity followed along another, e.g. the perplexity ratio against tokens."""
+
+    x_label: str
+    y_label: str
+    x: list[Number]
+    y: list[Number]
+
+
+class Gate(Strict):
+    """One condition of the recipe: what was wanted, what came out."""
+
+    name: str
+    wanted: Number
+    got: Number
+    passed: bool
+
+
+class Verdict(Strict):
+    """What came of it, in words.
+
+    level: good, weak (a cheaper baseline is as good), dead (the linear branch does nothing), failed (a gate was
+    missed), unknown (not measured).
+    """
+
+    level: Literal["good", "weak", "dead", "failed", "unknown"]
+    headline: str
+    lines: list[str] = []
+    gates: list[Gate] = []
+
+
+class Run(Provenance):
+    """What Result and Report share.
+
+    recipe: the recipe's name, e.g. "hedgehog/stories15M". seeds: one per run averaged into the rows. evaluation: the
+    text measured on, in words. state: by number of tokens. break_even: tokens from which the state is the smaller.
+    """
+
+    model: Model
+    method: str
+    recipe: str | None
+    plan_digest: str
+    seeds: list[int]
+    evaluation: str
+    rows: list[Row]
+    stages: list[Stage]
+    state: dict[int, Bytes]
+    break_even: int | None = None
+    sample: list[Sample] = []
+    generation: Generation | None = None
+    curves: dict[str, Curve] = {}
+    verdict: Verdict
+    notes: list[str] = []
+
+    def row(self, name: str) -> Row | None:
+        """The row called `name`, or None."""
+        return next((row for row in self.rows if row.name == name), None)
+
+    @property
+    def trained_tokens(self) -> int:
+        """Processed tokens of all training stages, repeats counted, self-generation not."""
+        return sum(stage.tokens for stage in self.stages if stage.trains)
+
+    @property
+    def trained_seconds(self) -> float:
+        return sum(stage.seconds or 0.0 for stage in self.stages if stage.trains)
+
+
+class Result(Run):
+    """A result file: no plan (its digest stays), no series, no pictures."""
+
+    kind: Literal["result"] = "result"
+
+
+class Report(Run):
+    """report.json: with the plan, the sites and what the plots need."""
+
+    kind: Literal["report"] = "report"
+    plan: dict[str, Any]
+    sites: list[SiteInfo] = []
+    diagnostics: Diagnostics = Field(default_factory=Diagnostics)
+
+    def result(self) -> Result:
+        """What of this report is kept in the repository."""
+        raw = {k: v for k, v in self.model_dump().items() if k in Result.model_fields}
+        raw["kind"] = "result"
+        for stage in raw["stages"]:
+            stage["series"] = {}
+        return Result.model_validate(raw)
+
+
+class Measure(Strict):
+    """One line of a benchmark. metrics: by name, the unit in Bench.units."""
+
+    name: str
+    metrics: dict[str, Number]
+
+
+class Bench(Provenance):
+    """A benchmark's file. settings: what was held fixed (batch, length, ...). units: by metric."""
+
+    kind: Literal["bench"] = "bench"
+    name: str
+    settings: dict[str, Any]
+    units: dict[str, str]
+    rows: list[Measure]
+    notes: list[str] = []
+
+
+File = TypeVar("File", Result, Report, Bench)
+
+
+# ------------------------------------------------------------------------------------------- building
+def stage(report: Any) -> Stage:
+    """A types.StageReport (or any dataclass or mapping with its fields) as a Stage."""
+    return Stage.model_validate(asdict(report) if is_dataclass(report) and not isinstance(report, type) else report)
+
+
+def average(rows: list[Row]) -> Row:
+    """One row of several seeds' rows: means, standard deviations in `spread`. A metric missing in one is missing."""
+    if len(rows) == 1:
+        return rows[0]
+    mean: dict[str, Any] = {"name": rows[0].name, "tokens": rows[0].tokens, "cache_bytes": rows[0].cache_bytes}
+    spread: dict[str, float] = {}
+    for metric in Row.METRICS:
+        values = [value for row in rows if (value := getattr(row, metric)) is not None]
+        if len(values) == len(rows):
+            mean[metric], spread[metric] = float(np.mean(values)), float(np.std(values, ddof=1))
+    for metric in ("residual_error", "by_position"):
+        curves = [value for row in rows if (value := getattr(row, metric))]
+        if len(curves) == len(rows) and len({len(c) for c in curves}) == 1:
+            mean[metric] = np.mean(np.array(curves, dtype=float), 0).tolist()
+    parts = {}
+    for part in rows[0].parts:
+        if all(part in row.parts for row in rows):
+            keys = [k for k in rows[0].parts[part] if all(row.parts[part].get(k) is not None for row in rows)]
+            parts[part] = {k: float(np.mean([row.parts[part][k] for row in rows])) for k in keys}  # type: ignore[arg-type]
+    return Row(**mean, spread=spread, parts=parts)
+
+
+# ------------------------------------------------------------------------------------------- writing and reading
+def dumps(value: Any, indent: int = 0) -> str:
+    """JSON with one line per key, and a list of plain values on one line: short diffs, no million-line files."""
+    pad, inner = " " * indent, " " * (indent + 1)
+    if isinstance(value, dict) and value:
+        if indent > 2 and all(not isinstance(v, dict | list) for v in value.values()) and len(value) <= 6:
+            return json.dumps(value, ensure_ascii=False, allow_nan=False)
+        items = [f"{inner}{json.dumps(str(k), ensure_ascii=False)}: {dumps(v, indent + 1)}" for k, v in value.items()]
+        return "{\n" + ",\n".join(items) + f"\n{pad}}}"
+    if isinstance(value, list) and any(isinstance(v, dict | list) for v in value):
+        return "[\n" + ",\n".join(inner + dumps(v, indent + 1) for v in value) + f"\n{pad}]"
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+
+
+def write(file: Result | Report | Bench, path: str | Path) -> None:
+    """Writes the file whole or not at all. Raises StorageError."""
+    write_atomic(path, dumps(file.model_dump(mode="json")) + "\n")
+
+
+def read(path: str | Path, kind: type[File]) -> File:
+    """The file at `path`. Raises StorageError where it cannot be read, InputError naming the first wrong key."""
+    path = Path(path)
+    if path.is_dir():
+        path = path / "report.json"
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise StorageError(f"cannot read {path}: {error.strerror}; is it the folder of a finished run?") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not UTF-8 text: write it again with `linearize convert`") from None
+    try:
+        raw = json.loads(text, parse_constant=lambda word: _refuse(f"{path}: {word} is not a number; use null"))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path} is not JSON (line {error.lineno}: {error.msg}): restore it, or run again") from None
+    if not isinstance(raw, dict):
+        raise InputError(f"{path} holds a {type(raw).__name__}, not a {kind.__name__.lower()}: run again")
+    try:
+        return kind.model_validate(raw)
+    except ValidationError as error:
+        raise InputError(f"{path}: {_first(error, kind)}") from None
+
+
+def _refuse(message: str) -> Any:
+    raise InputError(message)
+
+
+def _first(error: ValidationError, kind: type[BaseModel]) -> str:
+    """The first thing wrong, in one line with its fix."""
+    first = error.errors(include_url=False)[0]
+    *parents, key = first["loc"] or ("file",)
+    where = ".".join(str(p) for p in first["loc"])
+    if first["type"] == "extra_forbidden":
+        owner = _owner(kind, parents)
+        return f"unknown key {where!r}: {nearest(str(key), list((owner or kind).model_fields))}"
+    if first["type"] == "missing":
+        return f"missing key {where!r}: run again with this version, or add it"
+    return f"{where!r}: {first['msg'][0].lower()}{first['msg'][1:]}, got {str(first['input'])[:60]!r}"
+
+
+def _owner(kind: Any, parents: list[Any]) -> type[BaseModel] | None:
+    """The schema class found by walking from `kind` along the keys `parents`."""
+    for key in parents:
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            field = kind.model_fields.get(str(key))
+            kind = field.annotation if field else None
+        elif get_origin(kind) in (list, dict):
+            kind = get_args(kind)[-1]
+        if get_origin(kind) is Union or type(kind).__name__ == "UnionType":
+            kind = next((arg for arg in get_args(kind) if arg is not type(None)), None)
+    return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
+
+
+def finished(path: str | Path, plan_digest: str) -> bool:
+    """Whether `path` already holds this plan's result: the run can be skipped. Raises InputError on a bad file."""
+    return Path(path).exists() and read(path, Result).plan_digest == plan_digest
+
+
+def read_results(folder: str | Path) -> list[tuple[str, Result]]:
+    """Every result file under `folder` with its path relative to it, sorted by path. Raises InputError on the first bad
+    one."""
+    folder = Path(folder)
+    return [(p.relative_to(folder).as_posix(), read(p, Result)) for p in sorted(folder.rglob("*.json"))]
+
+
+def problems(root: str | Path) -> list[str]:
+    """What is wrong with the result files of a checkout, one line each: CI prints them."""
+    found = []
+    for folder, kind in (("recipes/results", Result), ("benchmarks/results", Bench)):
+        for path in sorted((Path(root) / folder).rglob("*.json")):
+            try:
+                read(path, kind)
+            except (InputError, StorageError) as error:
+                found.append(str(error))
+    return found
