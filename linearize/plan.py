@@ -1,0 +1,560 @@
+"""What will be done, as one value: read from a recipe, checked before anything is loaded, printed, saved and digested.
+
+A recipe is YAML and holds only what differs from `recipes/defaults.yaml`. It knows no model code; a method is asked
+for its own settings (`method.mixer`) by name.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from linearize.types import InputError, nearest
+
+_STRICT = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
+#: "all", "every:4", "keep:3,7" (all but these), or indices and ranges: "0,2,5-7".
+_LAYERS = re.compile(r"all|every:[1-9]\d*|(keep:)?\d+(-\d+)?(,\d+(-\d+)?)*")
+
+
+class ModelPlan(BaseModel):
+    """id: hub id, folder or GGUF file; None is the embedded teacher. form: the model's configuration, as far as sizes
+    go, so that a recipe can be planned offline. auto: this recipe is taken for any model of this form."""
+
+    model_config = _STRICT
+    id: str | None = None
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    form: dict[str, Any] | None = None
+    auto: bool = False
+
+
+class MethodPlan(BaseModel):
+    """name: a file of linearize/mixers. mixer: that method's own settings. target_length: the length, in tokens, at
+    which a layer's state must be smaller than the teacher's cache for the layer to be converted by default."""
+
+    model_config = _STRICT
+    name: str = "hedgehog"
+    layers: str = "all"
+    target_length: int = Field(8192, gt=0)
+    mixer: dict[str, Any] = {}
+
+    @field_validator("name")
+    @classmethod
+    def _one_spelling(cls, name: str) -> str:
+        return name.replace("-", "_")
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _one_layer(cls, layers: Any) -> Any:
+        return str(layers) if isinstance(layers, int) and not isinstance(layers, bool) else layers
+
+
+class DataPlan(BaseModel):
+    """source: files, a folder or a hub data set; None or "self": the teacher writes it. length in tokens."""
+
+    model_config = _STRICT
+    source: str | None = None
+    split: str | None = None
+    text_column: str | None = None
+    length: int = Field(256, gt=1)
+    chat: bool = False
+    completion_only: bool = False
+    valid: str | None = None
+    valid_tokens: int = Field(16384, gt=0)
+    allow_longer: bool = False
+
+
+class LoraPlan(BaseModel):
+    """targets: "attention" (the projections around each converted layer) or names of linear modules."""
+
+    model_config = _STRICT
+    r: int = Field(16, gt=0)
+    alpha: float = Field(32, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    targets: Literal["attention"] | list[str] = "attention"
+
+
+class _Stage(BaseModel):
+    """tokens counts processed tokens, repeats included; batch is sequences per optimiser step; warmup is a share of
+    the steps; clip 0 is off."""
+
+    model_config = _STRICT
+    tokens: int = Field(gt=0)
+    batch: int = Field(gt=0)
+    lr: float = Field(gt=0)
+    schedule: Literal["constant", "cosine"] = "cosine"
+    warmup: float = Field(0.05, ge=0, le=1)
+    weight_decay: float = Field(0.0, ge=0)
+    clip: float = Field(1.0, ge=0)
+
+    def steps(self, length: int) -> int:
+        """Optimiser steps at sequences of `length` tokens."""
+        return math.ceil(self.tokens / (self.batch * length))
+
+
+class TransferPlan(_Stage):
+    """Attention transfer: only the mixers learn, the stream stays the teacher's.
+
+    Weights of the losses: output (MSE of the layer's output over the teacher's mean square), map (cross-entropy of
+    attention maps), far (the same on keys outside window and sinks), mass (two-way KL of their log-mass).
+    target "linear" matches the linear branch alone to the full softmax. window_drop: share of steps without window.
+    map_chunk: query rows of a map held at once.
+    """
+
+    kind: Literal["transfer"]
+    output: float = Field(1.0, ge=0)
+    map: float = Field(0.0, ge=0)
+    far: float = Field(0.0, ge=0)
+    mass: float = Field(0.0, ge=0)
+    target: Literal["output", "linear"] = "output"
+    window_drop: float = Field(0.0, ge=0, le=1)
+    far_weight: bool = False
+    map_chunk: int = Field(512, gt=0)
+
+
+class FinetunePlan(_Stage):
+    """Fine-tuning by LoRA or in full. mixer_lr None: mixers frozen. kl: logits against the teacher's, on `share` of
+    the positions; lm: next-token loss; hidden: matching of hidden states."""
+
+    kind: Literal["finetune"]
+    mixer_lr: float | None = Field(None, gt=0)
+    mode: Literal["lora", "full"] = "lora"
+    lora: LoraPlan = LoraPlan()
+    kl: float = Field(1.0, ge=0)
+    lm: float = Field(0.0, ge=0)
+    hidden: float = Field(0.0, ge=0)
+    share: float = Field(1.0, gt=0, le=1)
+
+
+StagePlan = Annotated[TransferPlan | FinetunePlan, Field(discriminator="kind")]
+
+
+class EvalPlan(BaseModel):
+    """source None: the data set's own held-out part. limit: documents. length: positions per document. window, sinks:
+    the zero-token window of the table. lengths: where state and KV bytes are compared."""
+
+    model_config = _STRICT
+    source: str | None = None
+    limit: int | None = Field(None, gt=0)
+    length: int = Field(255, gt=1)
+    batch: int = Field(8, gt=0)
+    generate: int = Field(64, ge=0)
+    window: int = Field(32, gt=0)
+    sinks: int = Field(0, ge=0)
+    lengths: list[int] = [1024, 8192, 65536]
+
+
+class GatePlan(BaseModel):
+    """What the result must reach, else exit code 4. linear_gain: NLL, in nats, that the linear branch must save
+    (True: any). perplexity_ratio: student over teacher, at most."""
+
+    model_config = _STRICT
+    linear_gain: bool | float | None = None
+    perplexity_ratio: float | None = Field(None, gt=0)
+
+
+class OutputPlan(BaseModel):
+    model_config = _STRICT
+    folder: str | None = None
+    adapter_only: bool = False
+
+
+class Plan(BaseModel):
+    """A whole conversion. `published` holds a paper's own numbers, `measured` where ours are, or "not here"."""
+
+    model_config = _STRICT
+    version: Literal[1] = 1
+    seed: int = Field(0, ge=0)
+    model: ModelPlan = ModelPlan()
+    method: MethodPlan = MethodPlan()
+    data: DataPlan = DataPlan()
+    stages: list[StagePlan] = []
+    eval: EvalPlan = EvalPlan()
+    gate: GatePlan = GatePlan()
+    output: OutputPlan = OutputPlan()
+    published: dict[str, Any] = {}
+    measured: str | None = None
+
+    @classmethod
+    def read(
+        cls,
+        source: str | Path | Mapping[str, Any] | None = None,
+        overrides: Mapping[str, Any] | Sequence[str] = (),
+    ) -> Plan:
+        """The plan of a recipe (name, path or mapping; None: the defaults alone), with overrides applied last.
+
+        overrides: {"stages.transfer.lr": 1e-3} or the command line's ["stages.transfer.lr=1e-3"].
+        Raises InputError with one line for every unknown key or wrong value.
+        """
+        title, raw = _raw(source)
+        errors: list[str] = []
+        _known(cls, raw, (), errors)
+        if errors:
+            raise InputError(_lines(title, errors))
+        defaults = _load(folder() / "defaults.yaml")
+        merged = merge(defaults, raw)
+        for path, value in (overrides.items() if isinstance(overrides, Mapping) else map(parse_override, overrides)):
+            _assign(merged, path, value)
+        _known(cls, merged, (), errors)
+        if errors:  # the recipe's own keys were fine
+            raise InputError(_lines("--set", errors))
+        try:
+            return cls.model_validate(merged)
+        except ValidationError as error:
+            raise InputError(_lines(title, [_line(item, merged) for item in error.errors()])) from None
+
+    def dump(self) -> str:
+        """The plan in full, as YAML that `read` gives back unchanged."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+    def digest(self) -> str:
+        """sha256 of everything that decides the weights: not of the output folder, nor of numbers quoted."""
+        what = self.model_dump(mode="json", exclude={"output", "published", "measured"})
+        what["model"].pop("auto")
+        what["method"]["mixer"] = self.mixer().model_dump(mode="json")
+        text = json.dumps(what, sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def mixer(self) -> Any:
+        """The method's own settings as its Config. Raises InputError for an unknown method, key or value."""
+        from linearize.mixers import base
+
+        return base.configure(self.method.name, self.method.mixer)
+
+    def stage(self, kind: str) -> StagePlan | None:
+        """The first stage of a kind, if there is one."""
+        return next((stage for stage in self.stages if stage.kind == kind), None)
+
+    def limited(self, max_steps: int | None) -> Plan:
+        """This plan with at most `max_steps` optimiser steps in each stage."""
+        if max_steps is None:
+            return self
+        if max_steps < 1:
+            raise InputError(f"--max-steps must be at least 1, not {max_steps}")
+        stages = [
+            stage.model_copy(update={"tokens": min(stage.tokens, max_steps * stage.batch * self.data.length)})
+            for stage in self.stages
+        ]
+        return self.model_copy(update={"stages": stages})
+
+    def checked(self) -> Plan:
+        """This plan. Raises InputError with all its problems."""
+        if found := self.problems():
+            raise InputError("\n".join(found))
+        return self
+
+    def problems(self) -> list[str]:
+        """Everything wrong that can be known without the model or the data, one line each, with what to do."""
+        found: list[str] = []
+        settings: Any = None
+        try:
+            settings = self.mixer()
+        except InputError as error:
+            found.append(f"method: {error}")
+        if not _LAYERS.fullmatch(self.method.layers):
+            found.append(
+                f"method.layers: {self.method.layers!r} is no layer list: write all, 0-11, every:4, keep:3,7 or 0,2,5-7"
+            )
+        form = self.model.form
+        if form is not None and not isinstance(form.get("model_type"), str):
+            found.append("model.form: needs model_type, the name transformers gives the architecture (llama, gpt2, ...)")
+        positions = (form or {}).get("max_position_embeddings") or (form or {}).get("n_positions")
+        if positions and self.data.length > positions and not self.data.allow_longer:
+            found.append(
+                f"data.length: {self.data.length} is more than the model's {positions} positions:"
+                " shorten it, or pass --allow-longer"
+            )
+        window = getattr(settings, "window", None)
+        for index, stage in enumerate(self.stages):
+            at = stage.kind if sum(s.kind == stage.kind for s in self.stages) == 1 else index
+            if stage.tokens < self.data.length:
+                found.append(f"stages.{at}.tokens: {stage.tokens} is less than one sequence of {self.data.length}")
+            if isinstance(stage, TransferPlan):
+                if not (stage.output or stage.map or stage.far or stage.mass):
+                    found.append(f"stages.{at}: nothing to learn: give output, map, far or mass a weight above 0")
+                for key in ("far", "mass", "window_drop", "far_weight"):
+                    if getattr(stage, key) and settings is not None and not window:
+                        found.append(f"stages.{at}.{key}: needs a window: set method.mixer.window, or {key} to 0")
+            elif not (stage.kl or stage.lm or stage.hidden):
+                found.append(f"stages.{at}: nothing to learn: give kl, lm or hidden a weight above 0")
+        if self.data.completion_only and not self.data.chat:
+            found.append("data.completion_only: needs data.chat, which knows whose turn a token belongs to")
+        if self.eval.window <= self.eval.sinks:
+            found.append(f"eval.sinks: {self.eval.sinks} must be fewer than eval.window ({self.eval.window})")
+        return found
+
+    def explain(self) -> str:
+        """The plan in words, a line per step."""
+        model = self.model.id or (f"a {self.model.form['model_type']} model" if self.model.form else "embedded teacher")
+        settings = ", ".join(f"{k} {v}" for k, v in self.method.mixer.items())
+        lines = [
+            f"model     {model}, {self.model.dtype}",
+            f"method    {self.method.name}{f' ({settings})' if settings else ''} on layers {self.method.layers}"
+            + f", where it pays at {self.method.target_length:,} tokens",
+            f"data      {self.data.source or 'self (the teacher writes it)'}, sequences of {self.data.length}"
+            + (", chat" if self.data.chat else "")
+            + (", completions only" if self.data.completion_only else ""),
+        ]
+        for stage in self.stages:
+            keys = ("output", "map", "far", "mass") if isinstance(stage, TransferPlan) else ("kl", "lm", "hidden")
+            losses = " + ".join(f"{getattr(stage, k):g} {k}" for k in keys if getattr(stage, k))
+            line = (
+                f"{stage.kind:<10}{stage.tokens:,} tokens in {stage.steps(self.data.length):,} steps of {stage.batch},"
+                f" lr {stage.lr:g} {stage.schedule}, loss {losses}"
+            )
+            if isinstance(stage, FinetunePlan):
+                line += f", LoRA r {stage.lora.r}" if stage.mode == "lora" else ", all weights"
+                line += f", mixers at {stage.mixer_lr:g}" if stage.mixer_lr else ", mixers frozen"
+            elif stage.target == "linear":
+                line += ", linear branch alone"
+            lines.append(line)
+        gates = [f"{k} {v}" for k, v in self.gate.model_dump().items() if v]
+        lines.append(
+            f"eval      {self.eval.source or 'held-out data'}, {self.eval.length} positions, against a window of"
+            f" {self.eval.window}" + (f" + {self.eval.sinks} sinks" if self.eval.sinks else "")
+        )
+        if gates:
+            lines.append(f"gate      {', '.join(gates)}")
+        lines.append(f"output    {self.output.folder or 'chosen by convert'}" + ", adapter" * self.output.adapter_only)
+        if self.published:
+            lines.append(f"published {json.dumps(self.published, ensure_ascii=False)}")
+        if self.measured:
+            lines.append(f"measured  {self.measured}")
+        return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------ recipes by name
+def folder() -> Path:
+    """Where the recipes are: inside the package once installed, at the top of a checkout."""
+    here = Path(__file__).parent
+    return here / "recipes" if (here / "recipes").is_dir() else here.parent / "recipes"
+
+
+def recipes() -> list[str]:
+    """Names of all recipes, `method/model`."""
+    root = folder()
+    return sorted(
+        path.relative_to(root).with_suffix("").as_posix()
+        for path in root.glob("*/**/*.yaml")
+        if path.relative_to(root).parts[0] != "results"
+    )
+
+
+def locate(name: str | Path) -> Path:
+    """The file of a recipe given by path or by name (`hedgehog/demo`, or `demo` where only one is called so)."""
+    path, text = Path(name), str(name)
+    if path.suffix in (".yaml", ".yml") or path.is_file():
+        if not path.is_file():
+            raise InputError(f"no recipe file {path}; built-in ones: linearize list recipes")
+        return path
+    known = recipes()
+    hits = [n for n in known if n == text] or [n for n in known if n.split("/", 1)[1] == text]
+    if len(hits) == 1:
+        return folder() / f"{hits[0]}.yaml"
+    if hits:
+        raise InputError(f"recipe {text!r} is {' or '.join(hits)}: write one of them out")
+    raise InputError(f"unknown recipe {text!r}: {nearest(text, known)}")
+
+
+def recipe_for(config: Mapping[str, Any], method: str = "hedgehog") -> str | None:
+    """The recipe of `method` marked `auto` whose `model.form` agrees with a model's configuration: the one that says
+    most about it, or None (then the defaults serve)."""
+    best: tuple[int, str] | None = None
+    for name in recipes():
+        if name.split("/")[0] != method.replace("-", "_"):
+            continue
+        model = _load(folder() / f"{name}.yaml").get("model") or {}
+        form = model.get("form") or {}
+        if model.get("auto") and form and all(config.get(k) == v for k, v in form.items()):
+            best = max(best or (0, ""), (len(form), name))
+    return best[1] if best else None
+
+
+# ------------------------------------------------------------------------------------------------ YAML and merging
+class _Loader(yaml.SafeLoader):
+    """YAML with 1e-3 as a number (YAML 1.1 asks for 1.0e-3), and duplicate keys refused."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            word = self.construct_object(key, deep=True)
+            if word in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {word!r} stands twice", key.start_mark)
+            seen.add(word)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _yaml(text: str, title: str) -> Any:
+    try:
+        # A subclass of SafeLoader: builds plain values only.
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        at = f", line {mark.line + 1}" if mark else ""
+        raise InputError(f"{title}{at}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+
+
+def _load(path: Path) -> dict[str, Any]:
+    stamp = path.stat()
+    return deepcopy(_load_cached(path, stamp.st_mtime_ns, stamp.st_size))
+
+
+@functools.lru_cache(maxsize=256)
+def _load_cached(path: Path, _modified: int, _size: int) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise InputError(f"recipe {path} is not UTF-8 text: save it as UTF-8") from None
+    except OSError as error:
+        raise InputError(f"recipe {path} cannot be read: {error.strerror}") from None
+    raw = _yaml(text, f"recipe {path}")
+    if raw is None:
+        return {}
+    if not isinstance(raw, dict):
+        raise InputError(f"recipe {path} must be a mapping (version: 1, model: ..., method: ...)")
+    return raw
+
+
+def _raw(source: str | Path | Mapping[str, Any] | None) -> tuple[str, dict[str, Any]]:
+    """What to call a recipe in messages, and its content."""
+    if source is None:
+        return "plan", {}
+    if isinstance(source, Mapping):
+        return "plan", deepcopy(dict(source))
+    path = locate(source)
+    return f"recipe {source}", _load(path)
+
+
+def merge(defaults: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """`recipe` over `defaults`: mappings key by key, everything else replaced. Each stage is laid over the default
+    stage of its kind; the recipe says which there are. Another method drops the default method's settings."""
+    base = deepcopy(dict(defaults))
+    theirs = (recipe.get("method") or {}) if isinstance(recipe.get("method"), Mapping) else {}
+    ours = base.get("method", {})
+    if theirs.get("name", ours.get("name")) != ours.get("name"):
+        ours.pop("mixer", None)
+    stages = recipe.get("stages")
+    out = _over(base, {k: v for k, v in recipe.items() if k != "stages"})
+    if isinstance(stages, list):
+        known = {s["kind"]: s for s in reversed(base.get("stages", []))}
+        out["stages"] = [
+            _over(deepcopy(known.get(s.get("kind"), {})), s) if isinstance(s, Mapping) else s for s in stages
+        ]
+    elif stages is not None:
+        out["stages"] = stages
+    return out
+
+
+def _over(base: dict[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    for key, value in top.items():
+        if isinstance(value, Mapping) and isinstance(base.get(key), dict):
+            _over(base[key], value)
+        else:
+            base[key] = deepcopy(value)
+    return base
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """("a.b", value) of `a.b=value`; the value is YAML. Raises InputError."""
+    path, equals, value = text.partition("=")
+    if not equals or not path.strip():
+        raise InputError(f"--set {text!r}: write a.b=c, for example stages.transfer.lr=1e-3")
+    return path.strip(), _yaml(value, f"--set {text}")
+
+
+def _assign(raw: dict[str, Any], path: str, value: Any) -> None:
+    """Sets a dotted path in place; `stages.<kind or number>` names a stage, and null there removes it."""
+    keys: list[Any] = path.replace("-", "_").split(".")
+    node: Any = raw
+    if keys[0] == "stages" and len(keys) > 1:
+        stages = raw.setdefault("stages", [])
+        index = _stage_index(stages, keys[1], path)
+        if len(keys) == 2 and value is None:
+            del stages[index]
+            return
+        if len(keys) == 2:
+            stages[index] = value
+            return
+        node, keys = stages[index], keys[2:]
+    elif keys == ["method", "name"] and (raw.get("method") or {}).get("name") != value:
+        raw.setdefault("method", {}).pop("mixer", None)  # settings of the recipe's own method
+    for key in keys[:-1]:
+        if node.get(key) is None:
+            node[key] = {}
+        node = node[key]
+        if not isinstance(node, dict):
+            raise InputError(f"--set {path}: {key} is a value, not a group of settings")
+    node[keys[-1]] = value
+
+
+def _stage_index(stages: list[Any], word: str, path: str) -> int:
+    kinds = [s.get("kind") if isinstance(s, dict) else None for s in stages]
+    hits = [i for i, kind in enumerate(kinds) if kind == word]
+    if word.isdigit() and int(word) < len(stages):
+        hits = [int(word)]
+    if len(hits) == 1:
+        return hits[0]
+    there = ", ".join(f"{i} ({kind})" for i, kind in enumerate(kinds)) or "none"
+    many = "more than one stage is called so" if hits else "no such stage"
+    raise InputError(f"--set {path}: {many}; stages are {there}")
+
+
+# ------------------------------------------------------------------------------------------------ messages
+def _known(model: type[BaseModel], raw: Any, at: tuple[Any, ...], errors: list[str]) -> None:
+    """Collects unknown keys below `raw`, each with its dotted path and the nearest valid name."""
+    if not isinstance(raw, Mapping):
+        return
+    for key, value in raw.items():
+        if key not in model.model_fields:
+            errors.append(f"{_dotted((*at, key))}: unknown key, {nearest(str(key), list(model.model_fields))}")
+        elif model is Plan and key == "stages" and isinstance(value, list):
+            for index, stage in enumerate(value):
+                kind = stage.get("kind") if isinstance(stage, Mapping) else None
+                if kind in _KINDS:
+                    many = sum(isinstance(s, Mapping) and s.get("kind") == kind for s in value) > 1
+                    _known(_KINDS[kind], stage, (key, index if many else kind), errors)
+                else:
+                    kinds = list(_KINDS)
+                    said = nearest(str(kind), kinds) if kind is not None else f"choose from: {', '.join(kinds)}"
+                    errors.append(f"stages.{index}.kind: {kind!r} is no stage, {said}")
+        else:
+            inner = model.model_fields[key].annotation
+            if isinstance(inner, type) and issubclass(inner, BaseModel):
+                _known(inner, value, (*at, key), errors)
+
+
+_KINDS: dict[str, type[BaseModel]] = {"transfer": TransferPlan, "finetune": FinetunePlan}
+
+
+def _dotted(path: Iterable[Any]) -> str:
+    return ".".join(str(p) for p in path)
+
+
+def _line(error: Any, raw: Mapping[str, Any]) -> str:
+    """One line of a pydantic error, with the path as `--set` would write it."""
+    path = list(error["loc"])
+    if len(path) > 2 and path[0] == "stages":
+        kinds = [s.get("kind") for s in raw.get("stages", []) if isinstance(s, Mapping)]
+        path[1:3] = [path[2] if kinds.count(path[2]) == 1 else path[1]]
+    said = error["msg"][0].lower() + error["msg"][1:]
+    given = "" if error["type"] == "missing" else f", not {error['input']!r}"
+    return f"{_dotted(p for p in path if not str(p).startswith(('literal[', 'list['))) or 'plan'}: {said}{given}"
+
+
+def _lines(title: str, errors: Sequence[str]) -> str:
+    return "\n".join(f"{title}: {error}" for error in dict.fromkeys(errors))
