@@ -1,0 +1,196 @@
+"""What a mixer is: softmax's place, between (q, k, v) and the output projection.
+
+A mixer owns no projections: the pretrained q, k, v and o stay where they are, LoRA names stay valid, and a
+checkpoint is the base plus the mixer's own keys. Head is axis 0 of every parameter.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from importlib.metadata import entry_points
+from typing import Any, ClassVar
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor, nn
+
+from linearize.types import Context, Cost, InputError, SiteShape, State, StateSpec, Unsupported, nearest
+
+
+class MixerConfig(BaseModel):
+    """Base of every `Mixer.Config`: frozen, and unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Mixer(nn.Module, ABC):
+    """A token-mixing layer. Subclass this for methods without a recurrent form, RecurrentMixer otherwise.
+
+    paper: where it comes from. kinds: what it can replace, of "causal", "bidirectional", "joint".
+    needs: of "hidden", "grid", "rotary", "mask". Config: its fields are the recipe's `mixer:` keys.
+    """
+
+    paper: ClassVar[str]
+    kinds: ClassVar[frozenset[str]]
+    needs: ClassVar[frozenset[str]] = frozenset()
+    recurrent: ClassVar[bool] = False
+    Config: ClassVar[type[MixerConfig]] = MixerConfig
+    #: names of the branches that `Surgery.ablate` can switch off; `off` is the one that is off now
+    branches: tuple[str, ...] = ()
+    off: str | None = None
+
+    def __init__(self, shape: SiteShape, config: MixerConfig) -> None:
+        super().__init__()
+        self.shape = shape
+        self.config = config
+
+    def warm_start(self, attention: nn.Module) -> None:
+        """Initialise from the attention module being replaced. Default: nothing to inherit."""
+
+    @abstractmethod
+    def parallel(self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTV: Tensor, ctx: Context) -> Tensor:
+        """Whole sequences -> o_BHTV, in q's dtype: the training form."""
+
+    @abstractmethod
+    def dense(self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTV: Tensor, ctx: Context) -> Tensor:
+        """Attention weights [B, H, T, T] with o = weights @ v, from the definition: test oracle, map losses,
+        pictures."""
+
+    @abstractmethod
+    def state_spec(self) -> list[StateSpec]:
+        """The state's tensors in order: stable and versioned, serving reads it. Empty where there is none."""
+
+    @abstractmethod
+    def cost(self, tokens: int) -> Cost:
+        """Forward cost of one sequence of `tokens`."""
+
+    def state_bytes(self, tokens: int) -> int:
+        """Bytes kept per sequence after `tokens` tokens; constant for a recurrent mixer."""
+        return sum(spec.nbytes() for spec in self.state_spec())
+
+    def forward(self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTV: Tensor, ctx: Context) -> Tensor:
+        """One attention call, with or without a slot; a recurrent mixer writes its new state into the slot."""
+        return self.parallel(q_BHTK, k_BGTK, v_BGTV, ctx)
+
+    @property
+    def needs_rotary(self) -> bool:
+        """Whether this mixer, as configured, takes q and k apart from their rotary embedding."""
+        return "rotary" in self.needs
+
+    def _apply(self, fn, recurse=True):
+        # `.to(bfloat16)` and `.half()` must not round the mixer: its parameters and states stay float32.
+        def keep_precision(t: Tensor) -> Tensor:
+            out = fn(t)
+            if out.is_floating_point() and out.dtype.itemsize < 4:
+                return t.to(device=out.device) if t.dtype.itemsize >= 4 else t.to(out.device, torch.float32)
+            return out
+
+        return super()._apply(keep_precision, recurse)
+
+
+class RecurrentMixer(Mixer):
+    """A causal mixer with a constant-size state.
+
+    Laws: chunked over any split == parallel; step repeated == parallel; the state is float32 whatever the
+    activations.
+    """
+
+    recurrent = True
+
+    @abstractmethod
+    def chunked(
+        self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTV: Tensor, ctx: Context, state: State
+    ) -> tuple[Tensor, State]:
+        """The next T tokens after `state` -> (o_BHTV, new state)."""
+
+    def empty_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> State:
+        """The state before the first token. dtype is that of keys and values, for the parts that keep them."""
+        return tuple(
+            torch.zeros(
+                [batch if n == -1 else n for n in spec.shape],
+                dtype=dtype if spec.name.startswith("kept_") else spec.dtype,
+                device=device,
+            )
+            for spec in self.state_spec()
+        )
+
+    def step(self, q_BH1K: Tensor, k_BG1K: Tensor, v_BG1V: Tensor, ctx: Context, state: State) -> tuple[Tensor, State]:
+        """One token. The same as `chunked` with T = 1 unless a mixer has something cheaper."""
+        return self.chunked(q_BH1K, k_BG1K, v_BG1V, ctx, state)
+
+    def parallel(self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTV: Tensor, ctx: Context) -> Tensor:
+        state = self.empty_state(q_BHTK.shape[0], q_BHTK.device, k_BGTK.dtype)
+        return self.chunked(q_BHTK, k_BGTK, v_BGTV, ctx, state)[0]
+
+    def forward(self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTV: Tensor, ctx: Context) -> Tensor:
+        if ctx.slot is None:
+            return self.parallel(q_BHTK, k_BGTK, v_BGTV, ctx)
+        state = ctx.slot.state
+        if state is None:
+            state = self.empty_state(q_BHTK.shape[0], q_BHTK.device, k_BGTK.dtype)
+        advance = self.step if q_BHTK.shape[2] == 1 else self.chunked
+        out, ctx.slot.state = advance(q_BHTK, k_BGTK, v_BGTV, ctx, state)
+        return out
+
+
+# ------------------------------------------------------------------------------------------- methods by name
+_NOT_METHODS = {"base", "parts"}
+_GROUP = "linearize.mixers"
+
+
+def names() -> list[str]:
+    """Every method's name: the files of this folder, and entry points of third parties."""
+    here = [m.name for m in pkgutil.iter_modules(importlib.import_module("linearize.mixers").__path__)]
+    return sorted({n for n in here if n not in _NOT_METHODS} | {e.name for e in entry_points(group=_GROUP)})
+
+
+def get(name: str) -> type[Mixer]:
+    """The mixer class called `name`. A method's name is its file's name; nothing is registered.
+
+    Raises InputError naming the nearest method.
+    """
+    name = name.replace("-", "_")
+    if name not in names():
+        raise InputError(f"unknown method {name!r}: {nearest(name, names())}")
+    for point in entry_points(group=_GROUP):
+        if point.name == name:
+            return point.load()
+    module = importlib.import_module(f"linearize.mixers.{name}")
+    found = [
+        c
+        for c in vars(module).values()
+        if isinstance(c, type) and issubclass(c, Mixer) and c.__module__ == module.__name__
+    ]
+    if len(found) != 1:
+        raise AssertionError(f"{module.__name__} must define exactly one Mixer, found {len(found)}")
+    return found[0]
+
+
+def configure(name: str, settings: MixerConfig | dict[str, Any] | None) -> MixerConfig:
+    """`settings` as the method's own Config. Raises InputError naming the offending key and the nearest valid one."""
+    cls = get(name)
+    if isinstance(settings, cls.Config):
+        return settings
+    raw = settings.model_dump() if isinstance(settings, MixerConfig) else dict(settings or {})
+    for key in raw:
+        if key not in cls.Config.model_fields:
+            raise InputError(f"method {name!r} has no setting {key!r}: {nearest(key, list(cls.Config.model_fields))}")
+    try:
+        return cls.Config(**raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(p) for p in first["loc"]) or "mixer"
+        raise InputError(f"method {name!r}, setting {where!r}: {first['msg']}") from None
+
+
+def build(name: str, shape: SiteShape, settings: MixerConfig | dict[str, Any] | None = None) -> Mixer:
+    """A new mixer for a layer of `shape`, in float32. Raises Unsupported when the method does not fit the layer."""
+    cls = get(name)
+    kind = "causal" if shape.causal else "bidirectional"
+    if kind not in cls.kinds:
+        raise Unsupported(
+            f"method {name!r} replaces {' or '.join(sorted(cls.kinds))} attention; this layer is {kind}"
+        )
+    return cls(shape, configure(name, settings))

@@ -1,0 +1,275 @@
+"""Parts that several methods share: feature maps by name, and the exact local branch with its two combinations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from linearize.mixers.base import MixerConfig
+from linearize.ops._dispatch import compute_dtype
+from linearize.ops.window import window
+from linearize.types import Context, State, StateSpec
+
+# ------------------------------------------------------------------------------------------------- feature maps
+FeatureMapName = Literal["split_softmax", "exp", "joint_softmax", "t2r", "relu", "elu"]
+
+
+def _split_softmax(u: Tensor) -> Tensor:
+    return torch.cat([u.softmax(-1), (-u).softmax(-1)], -1).clamp(min=1e-12)
+
+
+def _exp(u: Tensor) -> Tensor:
+    # Each half is shifted by its own extreme: a function of its own, not a stable form of raw exp.
+    halves = [(u - u.amax(-1, keepdim=True)).exp(), (u.amin(-1, keepdim=True) - u).exp()]
+    return torch.cat(halves, -1).clamp(min=1e-12)
+
+
+def _joint_softmax(u: Tensor) -> Tensor:
+    return torch.cat([2 * u, -2 * u], -1).softmax(-1)
+
+
+class _Map(NamedTuple):
+    run: Callable[[Tensor], Tensor]
+    factor: int  # features per column of W
+    bias: bool
+
+
+_MAPS: dict[str, _Map] = {
+    "split_softmax": _Map(_split_softmax, 2, False),  # LoLCATs' softmax_dim: Hedgehog's default
+    "exp": _Map(_exp, 2, False),  # LoLCATs' exp_dim
+    "joint_softmax": _Map(_joint_softmax, 2, True),  # fla, MAD, Zoology; there one W for all heads
+    "t2r": _Map(F.relu, 1, True),  # T2R: relu(xW + b)
+    "relu": _Map(F.relu, 1, False),
+    "elu": _Map(lambda u: F.elu(u) + 1, 1, False),
+}
+_PARAMETER_FREE = {"relu", "elu"}
+
+
+class FeatureMap(nn.Module):
+    """phi(x) = Phi(x W + b), one W per head, started at the identity. Hedgehog (2402.04347) section 4.2.
+
+    x_BHTK -> features_BHTF in float32 (float64 stays). x is un-scaled: a constant factor cancels in the ratio.
+    `columns` is W's width (None: K). A rectangular identity keeps the first columns of *interleaved* halves, so that
+    no rotary pair loses both of its members.
+    """
+
+    def __init__(self, name: FeatureMapName, heads: int, key_dim: int, columns: int | None = None) -> None:
+        super().__init__()
+        self.map = _MAPS[name]
+        self.columns = key_dim if columns is None or name in _PARAMETER_FREE else columns
+        self.features = self.columns * self.map.factor
+        if name not in _PARAMETER_FREE:
+            self.weight_HKC = nn.Parameter(_identity(key_dim, self.columns).repeat(heads, 1, 1))
+            if self.map.bias:
+                self.bias_HC = nn.Parameter(torch.zeros(heads, self.columns))
+
+    def forward(self, x_BHTK: Tensor) -> Tensor:
+        x = x_BHTK.to(compute_dtype(x_BHTK))
+        weight = getattr(self, "weight_HKC", None)
+        if weight is not None:
+            x = x @ weight.to(x.dtype)
+            if self.map.bias:
+                x = x + self.bias_HC.to(x.dtype)[:, None]
+        return self.map.run(x)
+
+
+def _identity(rows: int, columns: int) -> Tensor:
+    if columns >= rows:
+        return torch.eye(rows, columns)
+    half = rows // 2  # half-split rotary layout: coordinate i pairs with i + half
+    order = torch.arange(rows).view(2, half).T.flatten() if rows % 2 == 0 else torch.arange(rows)
+    return torch.eye(rows)[:, order[:columns]]
+
+
+# ------------------------------------------------------------------------------------------------- local branch
+class LocalConfig(MixerConfig):
+    """Settings of the exact local branch: softmax over the last `window` tokens and the first `sinks` ones."""
+
+    window: int = Field(default=0, ge=0)
+    sinks: int = Field(default=0, ge=0)
+
+
+class Local(NamedTuple):
+    """The local branch's answer, and the keys that are left for the far branch.
+
+    output_BHTV, lse_BHT, max_BHT: softmax over window and sinks. far_k_BGTK, far_v_BGTV, far_BT: for column t the key
+    that left the window just then, and whether it counts (not padding, not a sink, same document as the query).
+    kept: the branch's part of the next state.
+    """
+
+    output: Tensor
+    lse: Tensor
+    max: Tensor
+    far_k: Tensor
+    far_v: Tensor
+    far: Tensor
+    kept: State
+
+
+class LocalBranch:
+    """Softmax over a window and sinks; all keys that are in neither come out `window` tokens later, for a far branch.
+
+    Attending to keys that left the window is then plain causal attention over the delayed keys. Sinks are the first
+    real tokens of a document, kept for ever and in no other branch. Distances are in columns, sinks in real tokens.
+    Holds no parameters: gamma, a and b belong to the rule that combines.
+    """
+
+    def __init__(self, config: LocalConfig, kv_heads: int, key_dim: int, value_dim: int) -> None:
+        self.width, self.sinks = config.window, config.sinks
+        self.G, self.K, self.V = kv_heads, key_dim, value_dim
+
+    def state_spec(self, dtype: torch.dtype = torch.bfloat16) -> list[StateSpec]:
+        """Keys and values are kept exactly as they came (`kept_`), the codes say what they are."""
+        W, N, G = self.width, self.sinks, self.G
+        specs = [
+            StateSpec("kept_keys", (-1, G, W, self.K), dtype, 1),
+            StateSpec("kept_values", (-1, G, W, self.V), dtype, 1),
+            StateSpec("codes", (-1, W), torch.int64, None),  # 0 nothing, 1 a key, 2 a sink's key
+        ]
+        if N:
+            specs += [
+                StateSpec("kept_sink_keys", (-1, G, N, self.K), dtype, 1),
+                StateSpec("kept_sink_values", (-1, G, N, self.V), dtype, 1),
+                StateSpec("count", (-1,), torch.int64, None),  # real tokens so far
+            ]
+        return specs
+
+    def __call__(self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTV: Tensor, ctx: Context, kept: State) -> Local:
+        W, N = self.width, self.sinks
+        T = q_BHTK.shape[2]
+        codes_BT = ctx.codes(q_BHTK)
+        ring_k, ring_v, ring_codes_BW = kept[:3]
+        rank_BT = self._ranks(codes_BT, kept[-1] if N else None)
+        is_sink_BT = (rank_BT < N) & (codes_BT > 0)
+        # In the ring a code only says key or sink: documents are never carried over into another call.
+        plain_BS = torch.cat([(ring_codes_BW == 1).long(), codes_BT * ~is_sink_BT], 1)
+        keys = torch.cat([ring_k.to(k_BGTK.dtype), k_BGTK], 2)
+        values = torch.cat([ring_v.to(v_BGTV.dtype), v_BGTV], 2)
+        if W:
+            near = window(q_BHTK, keys, values, width=W, scale=ctx.scale, codes_BT=codes_BT, codes_BS=plain_BS)
+            out, lse, top = near
+        else:
+            B, H = q_BHTK.shape[:2]
+            out = q_BHTK.new_zeros(B, H, T, self.V, dtype=compute_dtype(q_BHTK))
+            lse = top = out.new_full((B, H, T), -torch.inf)
+        leaving_BT = plain_BS[:, :T]
+        far_BT = leaving_BT > 0
+        if ctx.segments_BT is not None:  # a key that outlives its document is nobody's
+            far_BT = far_BT & (leaving_BT == codes_BT.cummax(1).values)
+        new: list[Tensor] = [
+            keys[:, :, T:],
+            values[:, :, T:],
+            torch.cat([ring_codes_BW, (codes_BT > 0).long() + is_sink_BT], 1)[:, T:],
+        ]
+        if N:
+            sinks_k, sinks_v, codes_BM = self._sinks(k_BGTK, v_BGTV, codes_BT, rank_BT, is_sink_BT, kept, ctx)
+            out, lse, top = self._with_sinks(q_BHTK, sinks_k, sinks_v, codes_BM, codes_BT, rank_BT, ctx, out, lse, top)
+            new += [sinks_k[:, :, :N], sinks_v[:, :, :N], kept[-1] + (codes_BT > 0).sum(1)]
+        return Local(out, lse, top, keys[:, :, :T], values[:, :, :T], far_BT, tuple(new))
+
+    def _ranks(self, codes_BT: Tensor, count_B: Tensor | None) -> Tensor:
+        """How many real tokens of its document stand before each token."""
+        real = (codes_BT > 0).long()
+        rank = real.cumsum(1) - real
+        starts = torch.cat([torch.zeros_like(codes_BT[:, :1]), codes_BT[:, 1:] > codes_BT[:, :-1].cummax(1).values], 1)
+        starts = starts.bool() & (codes_BT > 1)
+        rank = rank - (rank * starts).cummax(1).values
+        first = codes_BT <= 1
+        return rank if count_B is None else rank + count_B[:, None] * first
+
+    def _sinks(self, k_BGTK, v_BGTV, codes_BT, rank_BT, is_sink_BT, kept, ctx) -> tuple[Tensor, Tensor, Tensor]:
+        """The sink tables with this call's sinks written in: keys, values [B, G, M, .] and codes [B, M]."""
+        N = self.sinks
+        B = codes_BT.shape[0]
+        documents = 1 if ctx.segments_BT is None else int(codes_BT.max())
+        M = N * documents
+        place_BT = torch.where(is_sink_BT, (codes_BT.clamp(min=1) - 1) * N + rank_BT, M)
+
+        def table(old_BGN, x_BGT):
+            new = x_BGT.new_zeros(*x_BGT.shape[:2], M + 1, x_BGT.shape[-1])  # row M collects what is no sink
+            new = new.scatter_add(2, place_BT[:, None, :, None].expand_as(x_BGT), x_BGT)[:, :, :M]
+            return torch.cat([new[:, :, :N] + old_BGN.to(new.dtype), new[:, :, N:]], 2)
+
+        filled = torch.zeros(B, M + 1, dtype=torch.long, device=codes_BT.device)
+        codes_BM = filled.scatter_add(1, place_BT, codes_BT * is_sink_BT)[:, :M]
+        carried = torch.arange(N, device=codes_BT.device) < kept[-1][:, None]
+        codes_BM = torch.cat([codes_BM[:, :N].clamp(max=1) | carried.long(), codes_BM[:, N:]], 1)
+        return table(kept[3], k_BGTK), table(kept[4], v_BGTV), codes_BM
+
+    def _with_sinks(self, q_BHTK, k_BGMK, v_BGMV, codes_BM, codes_BT, rank_BT, ctx, out, lse, top):
+        """Merge softmax over the sinks into softmax over the window, exactly, by log-sum-exp."""
+        dtype = out.dtype
+        group = q_BHTK.shape[1] // self.G
+        k = k_BGMK.to(dtype).repeat_interleave(group, 1)
+        v = v_BGMV.to(dtype).repeat_interleave(group, 1)
+        order_M = torch.arange(codes_BM.shape[1], device=q_BHTK.device) % self.sinks
+        seen = (codes_BM[:, None] == codes_BT[:, :, None]) & (codes_BM > 0)[:, None] & (order_M <= rank_BT[:, :, None])
+        lowest = torch.finfo(dtype).min
+        scores = (q_BHTK.to(dtype) @ k.mT * ctx.scale).masked_fill(~seen[:, None], lowest)
+        top = torch.maximum(top, scores.amax(-1).masked_fill(~seen.any(-1)[:, None], -torch.inf))
+        peak = top.clamp(min=lowest / 2).detach()
+        weights = (scores - peak[..., None]).exp() * seen[:, None]
+        window_mass = (lse - peak).exp()
+        mass = window_mass + weights.sum(-1)
+        filled = mass.clamp(min=torch.finfo(dtype).tiny)
+        out = (window_mass[..., None] * out + weights @ v) / filled[..., None]
+        return out, torch.where(mass > 0, peak + filled.log(), -torch.inf), top
+
+
+def local_mask(ctx: Context, like_BHTK: Tensor, window_width: int, sinks: int) -> tuple[Tensor, Tensor]:
+    """(visible_BTT, local_BTT) from the definition: which keys a query may see, and which of them are the local
+    branch's. The dense oracle of every windowed method."""
+    codes = ctx.codes(like_BHTK)
+    T = codes.shape[1]
+    column = torch.arange(T, device=codes.device)
+    visible = (codes[:, :, None] == codes[:, None]) & (codes > 0)[:, None] & (column[:, None] >= column)
+    distance = column[:, None] - column
+    rank = torch.zeros_like(codes)
+    for t in range(T):
+        rank[:, t] = ((codes[:, :t] == codes[:, t : t + 1])).sum(1)
+    sink = (rank < sinks)[:, None]
+    return visible, visible & ((distance < window_width) | sink)
+
+
+class Combination(nn.Module):
+    """How the local branch and a linear far branch become one row of weights.
+
+    "lolcats": numerators and denominators are added, the local ones relative to the local maximum and times
+    gamma = sigmoid(g) per head (2410.10254 equation 7; the shift is not undone on the linear term: it is part of the
+    function). "lse": the far branch's mass is taken for exp(L) with L = log z + a_h + b_h |q| and merged by
+    log-sum-exp; a and b learn the teacher's far mass.
+    """
+
+    def __init__(self, rule: Literal["lolcats", "lse"], heads: int, columns: int) -> None:
+        super().__init__()
+        self.rule = rule
+        if rule == "lolcats":
+            self.gate_H = nn.Parameter(torch.full((heads,), math.log(0.1 / 0.9)))
+        else:
+            # phi_q . phi_k of two flat split-softmax maps is 2 / columns, while exp(0) is 1.
+            self.offset_H = nn.Parameter(torch.full((heads,), math.log(columns / 2)))
+            self.slope_H = nn.Parameter(torch.zeros(heads))
+
+    def far_log_mass(self, normaliser_BHT: Tensor, q_BHTK: Tensor, scale: float) -> Tensor:
+        """L_l: the log mass the linear branch claims for the far keys (-inf where it holds none)."""
+        dtype = normaliser_BHT.dtype
+        tiny = torch.finfo(dtype).tiny
+        log_z = torch.where(normaliser_BHT > 0, normaliser_BHT.clamp(min=tiny).log(), -torch.inf)
+        length = (q_BHTK.to(dtype) * scale).norm(dim=-1)
+        return log_z + self.offset_H.to(dtype)[:, None] + self.slope_H.to(dtype)[:, None] * length
+
+    def shares(self, lse: Tensor, top: Tensor, normaliser: Tensor, q_BHTK: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """(local mass, far mass) on a common scale, [B, H, T] each: the output is their weighted mean."""
+        if self.rule == "lolcats":
+            gamma = self.gate_H.to(lse.dtype).sigmoid()[:, None]
+            return torch.where(lse > -torch.inf, gamma * (lse - top).exp(), 0.0), normaliser
+        far = self.far_log_mass(normaliser, q_BHTK, scale)
+        peak = torch.maximum(lse, far)
+        peak = peak.masked_fill(peak == -torch.inf, 0)
+        return (lse - peak).exp(), (far - peak).exp()

@@ -1,0 +1,56 @@
+"""Choosing an implementation: by the tensors' device, never by what happens to import.
+
+A named implementation never falls back. "auto" takes the first one that does not refuse, and says once which and why.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from linearize.types import InputError, nearest
+
+log = logging.getLogger("linearize.ops")
+_said: set[tuple[str, ...]] = set()
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute an op. refuses(*args, **kwargs) returns the reason it cannot take a call, or None."""
+
+    name: str
+    run: Callable[..., Any]
+    refuses: Callable[..., str | None] = lambda *args, **kwargs: None
+
+
+def choose(op: str, implementations: Sequence[Implementation], impl: str, *args: Any, **kwargs: Any) -> Implementation:
+    """The implementation for this call. Raises InputError if a named one is unknown or refuses."""
+    if impl != "auto":
+        for candidate in implementations:
+            if candidate.name == impl:
+                if reason := candidate.refuses(*args, **kwargs):
+                    raise InputError(f"{op}: impl={impl!r} refuses this call: {reason}")
+                return candidate
+        raise InputError(f"{op}: unknown impl {impl!r}; {nearest(impl, [i.name for i in implementations])}")
+    for candidate in implementations:
+        reason = candidate.refuses(*args, **kwargs)
+        _say(op, candidate.name, reason)
+        if reason is None:
+            return candidate
+    raise InputError(f"{op}: no implementation takes this call")
+
+
+def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
+    """float64 if an input is, else float32: what states, sums and normalisers are computed in."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def _say(op: str, name: str, reason: str | None) -> None:
+    key = (op, name, reason or "")
+    if key not in _said:
+        _said.add(key)
+        log.info("%s: %s", op, f"{name} refused: {reason}" if reason else f"using {name}")

@@ -1,0 +1,50 @@
+"""Softmax over a causal sliding window, with log-sum-exp and maximum so that others can be merged with it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from linearize.ops._dispatch import Implementation, choose, compute_dtype
+from linearize.ops.window.reference import window_reference
+from linearize.ops.window.torch import window_torch
+
+
+class WindowOutput(NamedTuple):
+    """output_BHTV (normalised), lse_BHT and max_BHT of the visible scores (-inf where nothing is visible)."""
+
+    output: Tensor
+    lse: Tensor
+    max: Tensor
+
+
+IMPLEMENTATIONS = (Implementation("torch", window_torch), Implementation("reference", window_reference))
+
+
+def window(
+    q_BHTK: Tensor,
+    k_BGSK: Tensor,
+    v_BGSV: Tensor,
+    *,
+    width: int,
+    scale: float,
+    codes_BT: Tensor,
+    codes_BS: Tensor,
+    impl: str = "auto",
+) -> WindowOutput:
+    """Softmax of scale * q.k over the keys at distance 0 .. width-1 (the token itself included).
+
+    Keys: S >= T columns, the last T of them the queries' own. codes: document number (from 1), 0 = invisible. A query
+    sees keys of its own code. Computed in float32 or float64. Raises InputError for an unknown `impl`.
+    """
+    dtype = compute_dtype(q_BHTK, k_BGSK, v_BGSV)
+    group = q_BHTK.shape[1] // k_BGSK.shape[1]
+    q, k, v = q_BHTK.to(dtype), k_BGSK.to(dtype), v_BGSV.to(dtype)
+    if group > 1:
+        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    spare = k.shape[2] - q.shape[2] - (width - 1)
+    if spare > 0:  # columns no query of this call can see
+        k, v, codes_BS = k[:, :, spare:], v[:, :, spare:], codes_BS[:, spare:]
+    run = choose("window", IMPLEMENTATIONS, impl, q, k, v).run
+    return WindowOutput(*run(q, k, v, width, scale, codes_BT, codes_BS))

@@ -1,0 +1,46 @@
+"""Softmax over a causal window, by blocks of queries: O(T x width), plain torch, differentiable."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def window_torch(
+    q_BHTK: Tensor, k_BHSK: Tensor, v_BHSV: Tensor, width: int, scale: float, codes_BT: Tensor, codes_BS: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Same as window_reference. A block of C queries reads the C + width - 1 keys up to its own end."""
+    B, H, T, K = q_BHTK.shape
+    S = k_BHSK.shape[2]
+    block = min(T, max(32, width))
+    blocks = -(-T // block)
+    reach = block + width - 1
+    # Keys laid out so that block i starts at column i * block: `width - 1` before the first query, and a ragged end.
+    before = width - 1 - (S - T)
+    after = blocks * block - T
+    k = F.pad(k_BHSK, (0, 0, before, after)) if before or after else k_BHSK
+    v = F.pad(v_BHSV, (0, 0, before, after)) if before or after else v_BHSV
+    codes_S = F.pad(codes_BS, (before, after)) if before or after else codes_BS
+    q = F.pad(q_BHTK, (0, 0, 0, after)) if after else q_BHTK
+    codes_T = F.pad(codes_BT, (0, after)) if after else codes_BT
+    q = q.view(B, H, blocks, block, K)
+    k = k.unfold(2, reach, block)  # B H blocks K reach
+    v = v.unfold(2, reach, block).mT
+    codes_k = codes_S.unfold(1, reach, block)  # B blocks reach
+    distance = torch.arange(block, device=q.device)[:, None] + (width - 1) - torch.arange(reach, device=q.device)
+    seen = (distance >= 0) & (distance < width)
+    same = (codes_T.view(B, blocks, block, 1) == codes_k[:, :, None]) & (codes_k > 0)[:, :, None]
+    scores = (q @ k * scale).masked_fill(~(seen & same)[:, None], -torch.inf)
+    top = scores.amax(-1)
+    safe = top.clamp(min=torch.finfo(scores.dtype).min)  # rows that see nothing: -inf - finite = -inf, exp = 0
+    weights = (scores - safe[..., None].detach()).exp()
+    mass = weights.sum(-1)
+    filled = mass.clamp(min=torch.finfo(scores.dtype).tiny)  # also keeps the gradient of rows that see nothing at 0
+    out = (weights @ v) / filled[..., None]
+    lse = torch.where(mass > 0, safe.detach() + filled.log(), -torch.inf)
+
+    def rows(x: Tensor) -> Tensor:
+        return x.flatten(2, 3)[:, :, :T]
+
+    return rows(out), rows(lse), rows(top)

@@ -1,0 +1,223 @@
+"""Finding attention: which modules, of what shape, reached how; and choosing among them."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from linearize.mixers import base as mixers
+from linearize.seams import interface, sdpa
+from linearize.types import InputError, Site, SiteShape, Unsupported
+
+log = logging.getLogger("linearize")
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The class a module had before surgery."""
+    return getattr(type(module), "linearize_original", type(module))
+
+
+def find(model: nn.Module) -> list[Site]:
+    """Every self-attention of `model` that can be replaced, in the order of its modules; no forward pass.
+
+    Discovery is by the code of a module's forward (it dispatches through transformers' attention interface, or calls
+    SDPA), never by lists of names. Raises Unsupported, naming the module, where there is none or softmax is written by
+    hand.
+    """
+    sites, by_hand = [], []
+    for name, module in model.named_modules():
+        cls = original_class(module)
+        if interface.reaches(cls):
+            seam = "interface"
+        elif sdpa.reaches(cls):
+            seam = "sdpa"
+        else:
+            if sdpa.writes_softmax(cls) and _is_attention(cls):
+                by_hand.append(f"{name} ({cls.__name__})")
+            continue
+        if not is_cross(module):
+            sites.append(_site(name, module, seam))
+    if not sites:
+        if by_hand:
+            raise Unsupported(
+                f"{by_hand[0]} writes its softmax by hand, out of reach of surgery; linearize reaches attention that "
+                "uses transformers' attention interface or F.scaled_dot_product_attention"
+            )
+        raise Unsupported(f"no softmax attention found in {type(model).__name__}")
+    expected = getattr(getattr(model, "config", None), "num_hidden_layers", None)
+    if expected is not None and expected != len(sites):
+        log.info("%d attention sites in a model of %d layers", len(sites), expected)
+    return sites
+
+
+def is_cross(module: nn.Module) -> bool:
+    """Cross-attention by the module's own flag (a call with keys of its own is caught at run time)."""
+    return bool(getattr(module, "is_cross_attention", False)) or "CrossAttention" in original_class(module).__name__
+
+
+def _is_attention(cls: type[nn.Module]) -> bool:
+    return re.search(r"attention|attn", cls.__name__, re.I) is not None
+
+
+def _first(objects: Sequence[Any], *names: str) -> Any:
+    for owner in objects:
+        for name in names:
+            value = getattr(owner, name, None)
+            if value is not None:
+                return value
+    return None
+
+
+def _site(name: str, module: nn.Module, seam: Any) -> Site:
+    config = getattr(module, "config", None)
+    layer = getattr(module, "layer_idx", None)
+    heads = _first((module, config), "num_heads", "num_attention_heads", "n_heads")
+    if heads is None:
+        raise Unsupported(f"{name} ({type(module).__name__}): the number of heads is nowhere to be read")
+    width = _first((config, module), "hidden_size", "embed_dim", "hidden_dim")
+    key_dim = _first((module, config), "qk_head_dim", "head_dim") or width // heads
+    value_dim = _first((module,), "v_head_dim") or key_dim
+    kv_heads = _kv_heads(module, config, heads)
+    scale = _first((module,), "scaling", "scale", "inv_norm_factor")
+    rank = getattr(module, "kv_lora_rank", None)  # MLA caches the latent, not K and V
+    return Site(
+        name=name,
+        layer=layer,
+        seam=seam,
+        drops=_drops(name, module, config),
+        cache_dims=None if rank is None else rank + module.qk_rope_head_dim,
+        shape=SiteShape(
+            heads=heads,
+            kv_heads=kv_heads,
+            key_dim=key_dim,
+            value_dim=value_dim,
+            width=width,
+            scale=float(scale) if isinstance(scale, (int, float)) else key_dim**-0.5,
+            causal=bool(getattr(module, "is_causal", False)),
+            window=_teacher_window(module, config, layer),
+        ),
+    )
+
+
+def _kv_heads(module: nn.Module, config: Any, heads: int) -> int:
+    group = getattr(module, "num_key_value_groups", None)
+    if isinstance(group, int):
+        return heads // group
+    if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
+        return 1
+    for owner, name in ((module, "num_kv_heads"), (module, "num_key_value_heads"), (config, "num_kv_heads")):
+        value = getattr(owner, name, None)
+        if isinstance(value, int):
+            return value
+    return heads
+
+
+def _teacher_window(module: nn.Module, config: Any, layer: int | None) -> int | None:
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None and layer is not None and layer < len(kinds):
+        if kinds[layer] == "sliding_attention":
+            return config.sliding_window
+        if kinds[layer] == "chunked_attention":
+            return config.attention_chunk_size
+        return None
+    if getattr(config, "use_sliding_window", True) is False:
+        return None
+    window = getattr(module, "sliding_window", None) or getattr(config, "sliding_window", None)
+    return window if isinstance(window, int) else None
+
+
+def _drops(name: str, module: nn.Module, config: Any) -> tuple[str, ...]:
+    drops = []
+    if getattr(config, "alibi", False):
+        raise Unsupported(
+            f"{name}: attention with ALiBi (config.alibi) is refused: the bias is the model's only position signal and "
+            "no mixer keeps it"
+        )
+    if cap := getattr(config, "attn_logit_softcapping", None):
+        drops.append(f"soft-cap {cap:g} on the logits")
+    if getattr(module, "sinks", None) is not None:
+        drops.append("learned sink logits")
+    if getattr(module, "has_relative_attention_bias", False) or hasattr(module, "relative_position_bias_table"):
+        drops.append("relative position bias")
+    if window := _teacher_window(module, config, getattr(module, "layer_idx", None)):
+        drops.append(f"the teacher's own window of {window} tokens")
+    return tuple(drops)
+
+
+# -------------------------------------------------------------------------------------------------- choosing
+def parse_layers(spec: str, sites: Sequence[Site]) -> list[Site]:
+    """Sites named by a layer spec: "all", "0-11", "0,2,5-7", "every:4" (0, 4, 8, ...), "keep:3,7" (all but these).
+
+    Numbers are layer indices (positions among the sites where layers are not numbered). Raises InputError.
+    """
+    numbers = [i if s.layer is None else s.layer for i, s in enumerate(sites)]
+
+    def listed(text: str) -> set[int]:
+        out: set[int] = set()
+        for part in text.split(","):
+            match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+            if not match:
+                raise InputError(f"layers: cannot read {part!r}; write all, 0-11, 0,2,5-7, every:4 or keep:3,7")
+            low, high = int(match[1]), int(match[2] or match[1])
+            out |= set(range(low, high + 1))
+        if missing := out - set(numbers):
+            raise InputError(f"layers: the model has no layer {min(missing)}; it has {min(numbers)}-{max(numbers)}")
+        return out
+
+    spec = spec.strip()
+    if spec == "all":
+        chosen = set(numbers)
+    elif spec.startswith("every:"):
+        if not (step := spec.removeprefix("every:")).isdigit() or int(step) < 1:
+            raise InputError(f"layers: {spec!r} needs a number above 0, for instance every:4")
+        chosen = {n for n in numbers if n % int(step) == 0}
+    elif spec.startswith("keep:"):
+        chosen = set(numbers) - listed(spec.removeprefix("keep:"))
+    else:
+        chosen = listed(spec)
+    if not chosen:
+        raise InputError(f"layers: {spec!r} selects no layer")
+    return [site for site, number in zip(sites, numbers, strict=True) if number in chosen]
+
+
+def worthwhile(
+    sites: Sequence[Site], method: str, config: Any, target_length: int
+) -> tuple[list[Site], dict[str, str]]:
+    """(sites to convert by default, {site name: why it is left alone}).
+
+    A site is left alone when its float32 state would exceed the teacher's own bf16 cache at `target_length` tokens:
+    sliding-window, chunked and MLA layers, or a large state on a short context.
+    """
+    chosen, left = [], {}
+    states: dict[SiteShape, int] = {}
+    for site in sites:
+        if site.shape not in states:
+            states[site.shape] = _state_bytes(method, config, site.shape, target_length)
+        state, kept = states[site.shape], site.kv_bytes(target_length)
+        if state > kept:
+            left[site.name] = (
+                f"its state of {state:,} bytes would exceed the teacher's own cache of {kept:,} bytes at "
+                f"{target_length:,} tokens"
+            )
+        else:
+            chosen.append(site)
+    return chosen, left
+
+
+def _state_bytes(method: str, config: Any, shape: SiteShape, tokens: int) -> int:
+    import torch
+
+    with torch.device("meta"):
+        return mixers.build(method, shape, config).state_bytes(tokens)
+
+
+def break_even(site: Site, method: str, config: Any) -> int | None:
+    """Tokens from which the state is smaller than the teacher's cache (None: never, the cache is bounded)."""
+    state = _state_bytes(method, config, site.shape, 1)
+    per_token = site.kv_bytes(1)
+    tokens = -(-state // per_token)
+    return None if site.kv_bytes(tokens) < state else tokens
