@@ -45,7 +45,7 @@ class MethodPlan(BaseModel):
     model_config = _STRICT
     name: str = "hedgehog"
     layers: str = "all"
-    target_length: int = Field(8192, gt=0)
+    target_length: int = Field(default=8192, gt=0)
     mixer: dict[str, Any] = {}
 
     @field_validator("name")
@@ -66,11 +66,11 @@ class DataPlan(BaseModel):
     source: str | None = None
     split: str | None = None
     text_column: str | None = None
-    length: int = Field(256, gt=1)
+    length: int = Field(default=256, gt=1)
     chat: bool = False
     completion_only: bool = False
     valid: str | None = None
-    valid_tokens: int = Field(16384, gt=0)
+    valid_tokens: int = Field(default=16384, gt=0)
     allow_longer: bool = False
 
 
@@ -78,9 +78,9 @@ class LoraPlan(BaseModel):
     """targets: "attention" (the projections around each converted layer) or names of linear modules."""
 
     model_config = _STRICT
-    r: int = Field(16, gt=0)
-    alpha: float = Field(32, gt=0)
-    dropout: float = Field(0.0, ge=0, lt=1)
+    r: int = Field(default=16, gt=0)
+    alpha: float = Field(default=32, gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
     targets: Literal["attention"] | list[str] = "attention"
 
 
@@ -93,9 +93,9 @@ class _Stage(BaseModel):
     batch: int = Field(gt=0)
     lr: float = Field(gt=0)
     schedule: Literal["constant", "cosine"] = "cosine"
-    warmup: float = Field(0.05, ge=0, le=1)
-    weight_decay: float = Field(0.0, ge=0)
-    clip: float = Field(1.0, ge=0)
+    warmup: float = Field(default=0.05, ge=0, le=1)
+    weight_decay: float = Field(default=0.0, ge=0)
+    clip: float = Field(default=1.0, ge=0)
 
     def steps(self, length: int) -> int:
         """Optimiser steps at sequences of `length` tokens."""
@@ -112,14 +112,14 @@ class TransferPlan(_Stage):
     """
 
     kind: Literal["transfer"]
-    output: float = Field(1.0, ge=0)
-    map: float = Field(0.0, ge=0)
-    far: float = Field(0.0, ge=0)
-    mass: float = Field(0.0, ge=0)
+    output: float = Field(default=1.0, ge=0)
+    map: float = Field(default=0.0, ge=0)
+    far: float = Field(default=0.0, ge=0)
+    mass: float = Field(default=0.0, ge=0)
     target: Literal["output", "linear"] = "output"
-    window_drop: float = Field(0.0, ge=0, le=1)
+    window_drop: float = Field(default=0.0, ge=0, le=1)
     far_weight: bool = False
-    map_chunk: int = Field(512, gt=0)
+    map_chunk: int = Field(default=512, gt=0)
 
 
 class FinetunePlan(_Stage):
@@ -127,13 +127,13 @@ class FinetunePlan(_Stage):
     the positions; lm: next-token loss; hidden: matching of hidden states."""
 
     kind: Literal["finetune"]
-    mixer_lr: float | None = Field(None, gt=0)
+    mixer_lr: float | None = Field(default=None, gt=0)
     mode: Literal["lora", "full"] = "lora"
     lora: LoraPlan = LoraPlan()
-    kl: float = Field(1.0, ge=0)
-    lm: float = Field(0.0, ge=0)
-    hidden: float = Field(0.0, ge=0)
-    share: float = Field(1.0, gt=0, le=1)
+    kl: float = Field(default=1.0, ge=0)
+    lm: float = Field(default=0.0, ge=0)
+    hidden: float = Field(default=0.0, ge=0)
+    share: float = Field(default=1.0, gt=0, le=1)
 
 
 StagePlan = Annotated[TransferPlan | FinetunePlan, Field(discriminator="kind")]
@@ -145,12 +145,12 @@ class EvalPlan(BaseModel):
 
     model_config = _STRICT
     source: str | None = None
-    limit: int | None = Field(None, gt=0)
-    length: int = Field(255, gt=1)
-    batch: int = Field(8, gt=0)
-    generate: int = Field(64, ge=0)
-    window: int = Field(32, gt=0)
-    sinks: int = Field(0, ge=0)
+    limit: int | None = Field(default=None, gt=0)
+    length: int = Field(default=255, gt=1)
+    batch: int = Field(default=8, gt=0)
+    generate: int = Field(default=64, ge=0)
+    window: int = Field(default=32, gt=0)
+    sinks: int = Field(default=0, ge=0)
     lengths: list[int] = [1024, 8192, 65536]
 
 
@@ -160,7 +160,7 @@ class GatePlan(BaseModel):
 
     model_config = _STRICT
     linear_gain: bool | float | None = None
-    perplexity_ratio: float | None = Field(None, gt=0)
+    perplexity_ratio: float | None = Field(default=None, gt=0)
 
 
 class OutputPlan(BaseModel):
@@ -174,7 +174,7 @@ class Plan(BaseModel):
 
     model_config = _STRICT
     version: Literal[1] = 1
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     model: ModelPlan = ModelPlan()
     method: MethodPlan = MethodPlan()
     data: DataPlan = DataPlan()
@@ -203,7 +203,7 @@ class Plan(BaseModel):
             raise InputError(_lines(title, errors))
         defaults = _load(folder() / "defaults.yaml")
         merged = merge(defaults, raw)
-        for path, value in (overrides.items() if isinstance(overrides, Mapping) else map(parse_override, overrides)):
+        for path, value in overrides.items() if isinstance(overrides, Mapping) else map(parse_override, overrides):
             _assign(merged, path, value)
         _known(cls, merged, (), errors)
         if errors:  # the recipe's own keys were fine
@@ -267,7 +267,9 @@ class Plan(BaseModel):
             )
         form = self.model.form
         if form is not None and not isinstance(form.get("model_type"), str):
-            found.append("model.form: needs model_type, the name transformers gives the architecture (llama, gpt2, ...)")
+            found.append(
+                "model.form: needs model_type, the name transformers gives the architecture (llama, gpt2, ...)"
+            )
         positions = (form or {}).get("max_position_embeddings") or (form or {}).get("n_positions")
         if positions and self.data.length > positions and not self.data.allow_longer:
             found.append(

@@ -1,0 +1,95 @@
+# make demo   convert the embedded teacher and show the table (about 4 minutes on two cores)
+# make test   the fast suite                make lint   ruff and pyright
+# make ci     everything a change must pass make setup  only the environment
+#
+# Each target makes its own environment in .venv, with the versions of constraints.txt. PYTHON=python3.12 chooses the
+# interpreter, VENV=path another place. Where no CUDA device is, the CPU build of torch is taken if pip is configured
+# to find it; TORCH_INDEX=URL adds the index that holds it.
+
+PYTHON ?= python3
+VENV ?= .venv
+CACHE := .cache
+BIN := $(abspath $(VENV))/bin
+PY := $(BIN)/python
+PIP := $(PY) -m pip --disable-pip-version-check -q
+TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
+STAMP := $(VENV)/.installed
+WORKERS ?= 2
+
+# One thread per process: two workers on two cores are faster than two threads in each.
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: setup demo test lint ci overlay slow wheel clean
+.DEFAULT_GOAL := test
+
+setup: $(STAMP)
+
+# Made again only when what it holds has changed.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1; then \
+		$(PIP) install 'torch==$(TORCH)'; \
+	else \
+		$(PIP) install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) 'torch==$(TORCH)+cpu' 2>/dev/null \
+		|| $(PIP) install 'torch==$(TORCH)'; \
+	fi
+	$(PIP) install -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(STAMP)
+	OMP_NUM_THREADS=$${DEMO_THREADS:-2} $(BIN)/linearize convert
+
+test: $(STAMP)
+	HF_HUB_OFFLINE=1 $(PY) -m pytest -q -n $(WORKERS) --dist worksteal
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(PY)
+
+# ------------------------------------------------------------------------------------------------------------- CI
+# Tests go last: the last line is pytest's own summary.
+ci: $(STAMP)
+	$(MAKE) lint
+	$(MAKE) overlay
+	$(MAKE) slow
+	$(MAKE) wheel
+	$(MAKE) test
+
+# The oldest transformers and huggingface_hub that are promised to work, laid over the environment. httpx and httpcore
+# are what that hub needs and today's does not.
+OVERLAY := transformers==5.17.0 huggingface_hub==1.33.0 httpx==0.28.1 httpcore==1.0.9
+OVERLAY_TESTS := $(wildcard tests/test_families.py tests/test_seams.py tests/test_surgery.py)
+
+overlay: $(STAMP)
+	@test -n '$(OVERLAY_TESTS)' || { echo 'make overlay: no test to run'; exit 1; }
+	@if [ "$$(cat $(CACHE)/overlay/.holds 2>/dev/null)" != '$(OVERLAY)' ]; then \
+		rm -rf $(CACHE)/overlay \
+		&& $(PIP) install --target $(CACHE)/overlay --no-deps $(OVERLAY) \
+		&& echo '$(OVERLAY)' > $(CACHE)/overlay/.holds; \
+	fi
+	PYTHONPATH=$(abspath $(CACHE))/overlay $(PY) -c "import transformers, huggingface_hub as hub; \
+		assert (transformers.__version__, hub.__version__) == ('5.17.0', '1.33.0')"
+	PYTHONPATH=$(abspath $(CACHE))/overlay HF_HUB_OFFLINE=1 \
+		$(PY) -m pytest -q -n $(WORKERS) --dist worksteal $(OVERLAY_TESTS)
+
+# Exit code 5: none is marked slow, or the assets folder is absent.
+slow: $(STAMP)
+	HF_HUB_OFFLINE=1 $(PY) -m pytest -q -m slow || [ $$? -eq 5 ]
+
+# The wheel in an environment without this checkout: linearize comes from the wheel, all else from .venv.
+wheel: $(STAMP)
+	rm -rf $(CACHE)/wheel $(CACHE)/bare $(CACHE)/bare-run
+	$(PIP) wheel --no-deps -w $(CACHE)/wheel .
+	$(PY) -m venv $(CACHE)/bare
+	$(PY) -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+		> "$$($(CACHE)/bare/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/dependencies.pth"
+	$(CACHE)/bare/bin/python -m pip -q --disable-pip-version-check install --no-deps $(CACHE)/wheel/*.whl
+	mkdir -p $(CACHE)/bare-run
+	cd $(CACHE)/bare-run && ../bare/bin/python -c "import linearize; assert '/bare/' in linearize.__file__, linearize"
+	cd $(CACHE)/bare-run && ../bare/bin/linearize list recipes \
+		&& ../bare/bin/linearize convert --max-steps 20 --output-dir out && test -s out/report.json
+
+clean:
+	rm -rf $(VENV) $(CACHE) dist build
