@@ -36,6 +36,17 @@ def _number(value: Any) -> Any:
     return value
 
 
+def _without_paths(value: Any) -> Any:
+    """Absolute paths cut to their last name: reports get published, the folders of a machine are nobody's business."""
+    if isinstance(value, dict):
+        return {key: _without_paths(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_paths(item) for item in value]
+    if isinstance(value, str | Path) and Path(value).is_absolute():
+        return Path(value).name
+    return str(value) if isinstance(value, Path) else value
+
+
 #: A number as measured, or None where it was not.
 Number = Annotated[float | None, BeforeValidator(_number)]
 
@@ -80,9 +91,10 @@ class Provenance(Strict):
 
 
 class Model(Strict):
-    """The teacher. layers: attention layers found; converted: how many of them were replaced."""
+    """The teacher. source: where it came from. layers: attention layers found; converted: how many were replaced."""
 
-    id: str
+    id: Annotated[str, BeforeValidator(_without_paths)]
+    source: Literal["hub", "folder", "gguf", "embedded", "object"] | None = None
     revision: str | None = None
     type: str | None = None
     parameters: int | None = None
@@ -242,10 +254,11 @@ class Curve(Strict):
 
 
 class Gate(Strict):
-    """One condition of the recipe: what was wanted, what came out."""
+    """One condition of the recipe: what was wanted, what came out (null: not measured, which misses it)."""
 
     name: str
-    wanted: Number
+    bound: Literal["at most", "at least"]
+    wanted: float
     got: Number
     passed: bool
 
@@ -310,7 +323,7 @@ class Report(Run):
     """report.json: with the plan, the sites and what the plots need."""
 
     kind: Literal["report"] = "report"
-    plan: dict[str, Any]
+    plan: Annotated[dict[str, Any], BeforeValidator(_without_paths)]
     sites: list[SiteInfo] = []
     diagnostics: Diagnostics = Field(default_factory=Diagnostics)
 

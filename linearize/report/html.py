@@ -1,0 +1,178 @@
+"""report.html: one file that needs nothing else, the verdict first. Whatever came from outside is escaped."""
+
+from __future__ import annotations
+
+import base64
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from linearize.report import tables
+from linearize.report.schema import Report
+from linearize.storage import write_atomic
+
+STYLE = """
+:root { --ink: #1f2933; --muted: #6b7785; --line: #e6e9ed; --teal: #0b7a75; --amber: #b5651d; --red: #b3261e; }
+* { box-sizing: border-box; }
+body { margin: 0; background: #fff; color: var(--ink); font: 15px/1.55 system-ui, "Segoe UI", Roboto, sans-serif; }
+main { max-width: 64rem; margin: 0 auto; padding: 2.5rem 1.5rem 4rem; }
+h1 { font-size: 1.6rem; margin: 0; letter-spacing: -.01em; }
+h2 { font-size: 1.1rem; margin: 2.8rem 0 .8rem; padding-bottom: .3rem;
+  border-bottom: 1px solid var(--line); }
+.sub { color: var(--muted); margin: .2rem 0 1.4rem; }
+.verdict { border-left: .35rem solid var(--muted); background: #f7f9fa; padding: 1rem 1.2rem;
+  border-radius: 0 .4rem .4rem 0; }
+.verdict strong { display: block; font-size: 1.15rem; }
+.verdict ul { margin: .4rem 0 0; padding-left: 1.1rem; }
+.verdict.good { border-color: var(--teal); background: #f0f8f6; }
+.verdict.weak { border-color: var(--amber); background: #fdf6ee; }
+.verdict.dead, .verdict.failed { border-color: var(--red); background: #fdf1f0; }
+.verdict.dead strong, .verdict.failed strong { color: var(--red); }
+figure { margin: 1.2rem 0; }
+figcaption { font-weight: 600; margin-bottom: .35rem; }
+.table { overflow-x: auto; }
+table { border-collapse: collapse; min-width: 26rem; font-variant-numeric: tabular-nums; font-size: .86rem; }
+th, td { padding: .35rem 0 .35rem 1.1rem; text-align: right; white-space: nowrap;
+  border-bottom: 1px solid var(--line); }
+th { color: var(--muted); font-weight: 600; border-bottom: 2px solid var(--line); }
+th:first-child, td:first-child { text-align: left; padding-left: 0; }
+tr.strong td { font-weight: 650; background: #f0f8f6; }
+.note, figure p { color: var(--muted); font-size: .88rem; margin: .4rem 0 0; }
+.pair { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem; margin: .6rem 0 1.4rem; }
+.pair > div { border: 1px solid var(--line); border-radius: .4rem; padding: .8rem 1rem; white-space: pre-wrap;
+  overflow-wrap: anywhere; font-family: Georgia, serif; }
+.pair h3 { font: 600 .8rem system-ui, sans-serif; color: var(--muted); margin: 0 0 .4rem; }
+.pair .student { border-color: #9fd0c8; }
+.pair mark { background: none; color: var(--muted); }
+img { width: 100%; height: auto; }
+pre { background: #f7f9fa; border: 1px solid var(--line); border-radius: .4rem; padding: 1rem; overflow-x: auto;
+  font-size: .82rem; }
+dl { display: grid; grid-template-columns: 9rem 1fr; gap: .2rem 1rem; margin: 0; }
+dt { color: var(--muted); } dd { margin: 0; overflow-wrap: anywhere; }
+@media (max-width: 40rem) { .pair { grid-template-columns: 1fr; } dl { grid-template-columns: 1fr; } }
+@media print { main { max-width: none; padding: 0; } figure, .pair { break-inside: avoid; } }
+"""
+
+
+def write_html(report: Report, path: str | Path, plots: bool = True) -> None:
+    """Writes the page. plots=False leaves the pictures out (matplotlib is not imported). Raises StorageError."""
+    write_atomic(path, render(report, plots))
+
+
+def render(report: Report, plots: bool = True) -> str:
+    """The page as text: verdict, table, samples, pictures, plan, provenance."""
+    title = f"{report.model.id}, {report.method}"
+    body = [
+        f"<h1>{escape(title)}</h1>",
+        f"<p class=sub>{escape(_subtitle(report))}</p>",
+        _verdict(report),
+        _section("Quality", _tables(report)),
+        _section("Side by side", "\n".join(_samples(report))),
+    ]
+    if plots:
+        from linearize.report.plots import drawings
+
+        body.append(_section("Pictures", "\n".join(_picture(drawing) for drawing in drawings(report))))
+    body += [
+        _section("Layers", _layers(report)),
+        _section("Notes", _list(report.notes)),
+        _section("Plan", f"<pre>{escape(yaml.safe_dump(report.plan, sort_keys=False, allow_unicode=True))}</pre>"),
+        _section("Provenance", _provenance(report)),
+    ]
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body><main>\n"
+        + "\n".join(part for part in body if part)
+        + "\n</main></body></html>\n"
+    )
+
+
+def _section(title: str, content: str) -> str:
+    """Nothing where there is nothing to say."""
+    return f"<section><h2>{escape(title)}</h2>\n{content}</section>" if content.strip() else ""
+
+
+def _list(lines: list[str]) -> str:
+    return "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>" if lines else ""
+
+
+def _subtitle(report: Report) -> str:
+    model, words = report.model, []
+    if model.converted is not None and model.layers is not None:
+        words.append(f"{model.converted} of {model.layers} attention layers linear")
+    if model.parameters:
+        words.append(f"{tables.count(model.parameters)} parameters")
+    words.append(
+        f"{tables.count(report.trained_tokens)} tokens of training in {tables.seconds(report.trained_seconds)}"
+    )
+    return ", ".join(words)
+
+
+def _verdict(report: Report) -> str:
+    verdict = report.verdict
+    return (
+        f"<div class='verdict {verdict.level}'><strong>{escape(verdict.headline)}</strong>{_list(verdict.lines)}</div>"
+    )
+
+
+def _tables(report: Report) -> str:
+    shown = [tables.quality_table(report), tables.parts_table(report), tables.state_table(report)]
+    if report.stages:
+        shown.append(tables.stages_table(report))
+    return "".join(tables.render(table, "html") for table in shown if table is not None and table.rows)
+
+
+def _samples(report: Report) -> list[str]:
+    out = []
+    for sample in report.sample:
+        prompt = f"<mark>{escape(sample.prompt)}</mark>"
+        out.append(
+            f"<div class=pair><div><h3>teacher</h3>{prompt}{escape(sample.teacher)}</div>"
+            f"<div class=student><h3>student</h3>{prompt}{escape(sample.student)}</div></div>"
+        )
+    if (made := report.generation) is not None:
+        own, other = tables.number(made.nll_teacher, 3), tables.number(made.nll_student, 3)
+        repeats = f"{tables.percent(made.repetition_teacher)} against {tables.percent(made.repetition_student)}"
+        out.append(
+            f"<p class=note>The teacher's nats per token on its own continuations: {own}, on the student's: {other}. "
+            f"Repeated 4-grams: {repeats}.</p>"
+        )
+    return out
+
+
+def _picture(drawing: Any) -> str:
+    data = base64.b64encode(drawing.png).decode()
+    caption = f"<p>{escape(drawing.caption)}</p>" if drawing.caption else ""
+    title = escape(drawing.title)
+    image = f'<img alt="{title}" src="data:image/png;base64,{data}">'
+    return f"<figure><figcaption>{title}</figcaption>{image}{caption}</figure>"
+
+
+def _layers(report: Report) -> str:
+    """Layers left alone and properties dropped: both change what a reader may expect."""
+    lines = [f"{site.name} keeps softmax: {site.why}" for site in report.sites if not site.converted and site.why]
+    dropped: dict[str, list[str]] = {}
+    for site in report.sites:
+        for what in site.drops if site.converted else ():
+            dropped.setdefault(what, []).append(site.name)
+    lines += [f"Not kept in {len(names)} layers: {what}" for what, names in dropped.items()]
+    return _list(lines)
+
+
+def _provenance(report: Report) -> str:
+    machine = report.machine
+    memory = f", {tables.size(machine.memory)}" if machine.memory else ""
+    facts = {
+        "command": report.command,
+        "commit": str(report.commit),
+        "date": report.date,
+        "recipe": f"{report.recipe or 'none'} (plan {report.plan_digest})",
+        "seeds": ", ".join(map(str, report.seeds)),
+        "machine": f"{machine.cpu}, {machine.cores} cores, {machine.threads} threads{memory}, {machine.system}",
+        "device": machine.device,
+        "versions": ", ".join(f"{name} {version}" for name, version in report.versions.items()),
+    }
+    return "<dl>" + "".join(f"<dt>{k}</dt><dd>{escape(v)}</dd>" for k, v in facts.items()) + "</dl>"

@@ -1,0 +1,326 @@
+"""Tables: built once, rendered for the terminal, for markdown and for HTML. What is missing is an en dash, never 0."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from linearize.report.schema import Bench, Result, Row, Run
+
+MISSING = "–"
+LENGTHS = (1024, 8192, 65536)
+
+#: Row names in the order shown, with the words a reader sees.
+LABELS = {
+    "teacher": "teacher",
+    "swapped": "swapped",
+    "after transfer": "after transfer",
+    "student": "student",
+    "window-only student": "window-only student",
+    "zero-token window": "zero-token window",
+    "none": "no attention",
+    "window_off": "window off",
+    "linear_off": "linear off",
+}
+
+
+@dataclass(frozen=True)
+class Link:
+    """A cell that leads somewhere; in the terminal only its text is shown."""
+
+    text: str
+    target: str
+
+
+Cell = str | Link
+
+
+@dataclass
+class Table:
+    """Cells as text, columns after the first to the right. strong: rows set in bold. notes: lines under the table."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[Cell]]
+    strong: set[int] = field(default_factory=set)
+    notes: list[str] = field(default_factory=list)
+
+    def without_empty(self, keep: Sequence[str] = ()) -> Table:
+        """The same without columns in which nothing was measured, except the first and those in `keep`."""
+        shown = [
+            i for i, name in enumerate(self.columns)
+            if i == 0 or name in keep or any(row[i] != MISSING for row in self.rows)
+        ]  # fmt: skip
+        self.columns = [self.columns[i] for i in shown]
+        self.rows = [[row[i] for i in shown] for row in self.rows]
+        return self
+
+
+# ------------------------------------------------------------------------------------------- numbers as text
+def number(value: float | None, digits: int = 2, spread: float | None = None) -> str:
+    if value is None:
+        return MISSING
+    # A perplexity of 1234.5 does not deserve two decimals.
+    digits = max(0, digits - 1) if abs(value) >= 100 else digits
+    text = f"{value:.{digits}f}"
+    return text if spread is None else f"{text} ± {spread:.{digits}f}"
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    return MISSING if value is None else f"{100 * value:.{digits}f} %"
+
+
+def times(value: float | None) -> str:
+    return MISSING if value is None else f"{value:.1f}×" if value >= 10 else f"{value:.3f}×"
+
+
+def size(value: float | None) -> str:
+    """Bytes, in powers of 1024."""
+    if value is None:
+        return MISSING
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(value) < 1024 or unit == "GiB":
+            break
+        value /= 1024
+    return f"{value:.0f} {unit}" if value >= 100 or unit == "B" or value == int(value) else f"{value:.1f} {unit}"
+
+
+def count(value: float | None) -> str:
+    """A number of tokens: 512, 1k, 64k (powers of 1024 that are lengths), 1.5M."""
+    if value is None:
+        return MISSING
+    if value >= 1e6:
+        return f"{value / 1e6:.3g}M"
+    if value >= 1024 and value % 1024 == 0:
+        return f"{value / 1024:.0f}k"
+    return f"{value / 1e3:.3g}k" if value >= 1e3 else f"{value:.0f}"
+
+
+def seconds(value: float | None) -> str:
+    if value is None:
+        return MISSING
+    if value < 60:
+        return f"{value:.1f} s"
+    return f"{value // 60:.0f} min {value % 60:02.0f} s" if value < 3600 else f"{value / 3600:.1f} h"
+
+
+# ------------------------------------------------------------------------------------------- the tables
+def label(run: Run, name: str) -> str:
+    """How a row is called: the student by the last stage it went through."""
+    if name == "student":
+        tuned = [stage.name for stage in run.stages if stage.name.startswith("finetune")]
+        if tuned:
+            return "after fine-tuning" if "full" in tuned[-1] else "after LoRA"
+    return LABELS.get(name, name)
+
+
+def ordered(rows: Sequence[Row]) -> list[Row]:
+    """In LABELS' order; rows it does not know last, as they came."""
+    order = {name: i for i, name in enumerate(LABELS)}
+    return sorted(rows, key=lambda row: order.get(row.name, len(order)))
+
+
+def kept_bytes(run: Run, row: Row, tokens: int) -> int | None:
+    """What a row's model keeps per sequence after `tokens` tokens: its own figure, else the run's for teacher and
+    student."""
+    if row.cache_bytes is not None:
+        return row.cache_bytes.get(tokens)
+    if tokens not in run.state:
+        return None
+    if row.name == "teacher":
+        return run.state[tokens].kv_bytes
+    return run.state[tokens].state_bytes if row.name in ("swapped", "after transfer", "student") else None
+
+
+def quality_table(run: Run, lengths: Sequence[int] = LENGTHS) -> Table:
+    """Every row of the evaluation; columns that nobody measured are left out, the four main ones stay.
+
+    lengths: numbers of tokens, a column each for what one sequence keeps then.
+    """
+    teacher = run.row("teacher")
+    cells: list[list[Cell]] = []
+    rows = ordered(run.rows)
+    for row in rows:
+        ratio = row.perplexity / teacher.perplexity if teacher and teacher.perplexity and row.perplexity else None
+        cells.append([
+            label(run, row.name),
+            number(row.perplexity, 2, row.spread.get("perplexity")),
+            times(ratio) if row.name != "teacher" else MISSING,
+            number(row.kl, 3, row.spread.get("kl")),
+            percent(row.top1),
+            number(row.copy_nll, 3, row.spread.get("copy_nll")),
+            percent(row.gap_closed, 0),
+            *(size(kept_bytes(run, row, tokens)) for tokens in lengths),
+        ])  # fmt: skip
+    main = ["perplexity", "KL", "top-1", "copy NLL"]
+    notes = [f"Measured on {run.evaluation}."] if run.evaluation else []
+    notes.append("KL(teacher || student), nats per token; copy NLL: on tokens seen before the window only.")
+    names = {row.name for row in rows}
+    if names & {"window_off", "linear_off"}:
+        notes.append("Window off, linear off: the student with one of its branches alone.")
+    columns = ["", "perplexity", "× teacher", "KL", "top-1", "copy NLL", "gap closed"]
+    table = Table(
+        "Quality, and what one sequence keeps" if lengths else "Quality",
+        [*columns, *(f"at {count(tokens)}" for tokens in lengths)],
+        cells,
+        strong={i for i, row in enumerate(rows) if row.name == "student"},
+        notes=notes,
+    )
+    return table.without_empty(keep=main)
+
+
+def parts_table(run: Run) -> Table | None:
+    """Perplexity on the named parts of the text, one column each; None where there are no parts."""
+    names = list(dict.fromkeys(part for row in run.rows for part in row.parts))
+    if not names:
+        return None
+    cells: list[list[Cell]] = [
+        [label(run, row.name), *(number(row.parts.get(part, {}).get("perplexity")) for part in names)]
+        for row in ordered(run.rows)
+        if row.parts
+    ]
+    return Table("Perplexity by part of the text", ["", *names], cells)
+
+
+def state_table(run: Run) -> Table:
+    """State against cache by length."""
+    cells: list[list[Cell]] = [
+        [
+            count(tokens),
+            size(b.state_bytes),
+            size(b.kv_bytes),
+            times(b.state_bytes / b.kv_bytes if b.kv_bytes else None),
+        ]
+        for tokens, b in sorted(run.state.items())
+    ]
+    notes = [] if run.break_even is None else [f"The state is the smaller from {run.break_even:,} tokens on."]
+    return Table("Bytes per sequence", ["tokens", "state", "KV cache", "state / KV"], cells, notes=notes)
+
+
+def stages_table(run: Run) -> Table:
+    """What each stage cost."""
+    cells: list[list[Cell]] = [
+        [
+            stage.name, count(stage.tokens), str(stage.steps), seconds(stage.seconds),
+            number(stage.tokens_per_second, 0), number(stage.first, 4), number(stage.last, 4),
+        ]
+        for stage in run.stages
+    ]  # fmt: skip
+    return Table("Stages", ["", "tokens", "steps", "time", "tokens/s", "first loss", "last loss"], cells)
+
+
+def results_table(results: Sequence[tuple[str, Result]], link: Callable[[str], str]) -> Table:
+    """The README's table, a line per result file. link: a file's path relative to recipes/results -> where it leads."""
+    cells: list[list[Cell]] = []
+    for path, run in results:
+        ppl = {row.name: row.perplexity for row in run.rows}
+        student, teacher = run.row("student"), run.row("teacher")
+        longest = max(run.state, default=None)
+        saved = run.state[longest] if longest else None
+        ratio = student.perplexity / teacher.perplexity if _have(student) and _have(teacher) else None  # type: ignore
+        spread = student.spread.get("perplexity") if student else None
+        windows = [ppl.get(name) for name in ("zero-token window", "window-only student")]
+        cells.append([
+            Link(path.removesuffix(".json"), link(path)),
+            count(run.trained_tokens),
+            number(ppl.get("teacher")),
+            number(ppl.get("swapped")),
+            number(ppl.get("student"), 2, spread),
+            times(ratio),
+            " / ".join(number(value) for value in windows) if any(v is not None for v in windows) else MISSING,
+            number(student.kl if student else None, 3),
+            percent(student.gap_closed if student else None, 0),
+            number(student.marginal if student else None, 3),
+            times(saved.state_bytes / saved.kv_bytes if saved and saved.kv_bytes else None),
+            str(run.commit),
+        ])  # fmt: skip
+    columns = [
+        "run", "tokens", "teacher", "swapped", "student", "× teacher", "window 0 / trained", "KL",
+        "copy gap closed", "linear branch, nats", "state / KV", "commit",
+    ]  # fmt: skip
+    return Table("", columns, cells)
+
+
+def _have(row: Row | None) -> bool:
+    return row is not None and bool(row.perplexity)
+
+
+def bench_table(bench: Bench) -> Table:
+    """A benchmark's rows, columns in the order of its units."""
+    names = list(bench.units)
+    cells: list[list[Cell]] = [[row.name, *(number(row.metrics.get(name), 2) for name in names)] for row in bench.rows]
+    return Table(bench.name, ["", *(f"{name} [{unit}]" if unit else name for name, unit in bench.units.items())], cells)
+
+
+# ------------------------------------------------------------------------------------------- rendering
+def render(table: Table, form: Literal["rich", "markdown", "html"]) -> Any:
+    """A rich renderable for `rich`, text otherwise."""
+    if form == "markdown":
+        return _markdown(table)
+    return _rich(table) if form == "rich" else _html(table)
+
+
+def _text(cell: Cell) -> str:
+    return cell.text if isinstance(cell, Link) else cell
+
+
+def _rich(table: Table) -> Any:
+    from rich import box
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    # Text, not str: a model called "[bold]" is a name, not markup.
+    out = RichTable(
+        title=Text(table.title) if table.title else None,
+        caption=Text("\n".join(table.notes)) if table.notes else None,
+        box=box.SIMPLE_HEAD, title_style="bold", title_justify="left", caption_justify="left", pad_edge=False,
+    )  # fmt: skip
+    for i, name in enumerate(table.columns):
+        out.add_column(Text(name), justify="right" if i else "left", no_wrap=i > 0, overflow="fold")
+    for i, row in enumerate(table.rows):
+        out.add_row(*(Text(_text(cell)) for cell in row), style="bold" if i in table.strong else None)
+    return out
+
+
+def escape_markdown(text: str) -> str:
+    """Text that stays text in a markdown table cell."""
+    for char in "\\`*_[]|":
+        text = text.replace(char, "\\" + char)
+    return html.escape(" ".join(text.split()), quote=False)
+
+
+def _markdown(table: Table) -> str:
+    def cell(value: Cell, strong: bool) -> str:
+        text = escape_markdown(_text(value))
+        text = f"**{text}**" if strong and text.strip() and text != MISSING else text
+        return f"[{text}]({value.target})" if isinstance(value, Link) else text
+
+    lines = [
+        "| " + " | ".join(escape_markdown(name) for name in table.columns) + " |",
+        "|" + "|".join(" --- " if i == 0 else " ---: " for i in range(len(table.columns))) + "|",
+        *("| " + " | ".join(cell(c, i in table.strong) for c in row) + " |" for i, row in enumerate(table.rows)),
+    ]
+    if table.notes:
+        lines += ["", *(escape_markdown(note) for note in table.notes)]
+    return "\n".join(lines) + "\n"
+
+
+def _html(table: Table) -> str:
+    def cell(value: Cell) -> str:
+        text = html.escape(_text(value))
+        return f'<a href="{html.escape(value.target)}">{text}</a>' if isinstance(value, Link) else text
+
+    out = ["<figure class=table>"]
+    if table.title:
+        out.append(f"<figcaption>{html.escape(table.title)}</figcaption>")
+    out.append(
+        "<table><thead><tr>" + "".join(f"<th>{html.escape(c)}</th>" for c in table.columns) + "</tr></thead><tbody>"
+    )
+    for i, row in enumerate(table.rows):
+        mark = " class=strong" if i in table.strong else ""
+        out.append(f"<tr{mark}>" + "".join(f"<td>{cell(c)}</td>" for c in row) + "</tr>")
+    out.append("</tbody></table>")
+    out += [f"<p class=note>{html.escape(note)}</p>" for note in table.notes]
+    return "\n".join(out) + "</figure>\n"

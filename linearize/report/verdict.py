@@ -1,0 +1,118 @@
+"""What came of a conversion, in words that a reader can rely on.
+
+The linear branches of published hybrids often carry nothing: the window does the work, and nobody switched the branch
+off to see. So the branch's own gain is judged first, then the cheap baselines; only then is anything called good.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from linearize.report.schema import Gate, Row, Verdict
+from linearize.types import GateError
+
+#: Nats per token below which a linear branch is said to do nothing.
+LINEAR_GAIN = 0.01
+
+
+def find(rows: Sequence[Row], *names: str) -> Row | None:
+    """The first of `names` that there is a row for."""
+    by_name = {row.name: row for row in rows}
+    return next((by_name[name] for name in names if name in by_name), None)
+
+
+def linear_gain(rows: Sequence[Row]) -> float | None:
+    """Nats per token that the student loses without its linear branch; None where that was not measured."""
+    student, off = find(rows, "student"), find(rows, "linear_off")
+    if student is not None and student.marginal is not None:
+        return student.marginal
+    return _gap(student, off, "nll")
+
+
+def _gap(better: Row | None, worse: Row | None, metric: str) -> float | None:
+    low, high = getattr(better, metric, None), getattr(worse, metric, None)
+    return None if low is None or high is None else high - low
+
+
+def _ratio(student: Row | None, teacher: Row | None) -> float | None:
+    gap = _gap(teacher, student, "nll")
+    if gap is not None:
+        return math.exp(gap)
+    above, below = getattr(student, "perplexity", None), getattr(teacher, "perplexity", None)
+    return above / below if above and below else None
+
+
+def judge(rows: Sequence[Row], gate: Mapping[str, Any] | None = None) -> Verdict:
+    """The verdict on a table of rows.
+
+    gate: the recipe's; `linear_gain` (True, or the nats wanted) and `perplexity_ratio` (the most allowed). A gate whose
+    number was not measured is missed. Looks at the rows teacher, student, linear_off, zero-token window and window-only
+    student; a missing one is not judged.
+    """
+    teacher, student = find(rows, "teacher"), find(rows, "student")
+    ratio, gain = _ratio(student, teacher), linear_gain(rows)
+    copy_gain = _gap(student, find(rows, "linear_off"), "copy_nll")
+    dead = gain is not None and gain < LINEAR_GAIN and (copy_gain is None or copy_gain < 2 * LINEAR_GAIN)
+
+    lines, beaten = [], []
+    if ratio is not None:
+        lines.append(f"Perplexity is {ratio:.3g} times the teacher's.")
+    if gain is not None and not dead:
+        on_copies = "" if copy_gain is None else f" ({copy_gain:.3f} on tokens copied from beyond the window)"
+        lines.append(f"The linear branch carries {gain:.3f} nats per token{on_copies}.")
+    if student is not None and student.gap_closed is not None:
+        lines.append(f"{100 * student.gap_closed:.0f} % of the window-to-teacher gap is closed on copied tokens.")
+    for name, words in (("zero-token window", "an untrained window"), ("window-only student", "a trained window")):
+        ahead = _gap(find(rows, name), student, "nll")
+        if ahead is not None and ahead >= 0:
+            beaten.append(words)
+            lines.append(f"{words[0].upper()}{words[1:]} does as well or better, by {ahead:.3f} nats per token.")
+
+    gates = _gates(gate or {}, ratio, gain)
+    missed = [g for g in gates if not g.passed]
+    nothing = "" if gain is None else f"The linear branch does nothing: without it {gain:+.4f} nats per token are lost"
+    if missed:
+        level = "failed"
+        headline = "Quality gate missed: " + "; ".join(_words(g) for g in missed)
+        if dead:
+            headline += f". {nothing}"
+    elif dead:
+        level, headline = "dead", nothing
+    elif beaten:
+        level, headline = "weak", f"No better than {' or '.join(beaten)}"
+    elif ratio is None:
+        level, headline = "unknown", "Not measured against its teacher"
+    else:
+        level, headline = "good", f"{ratio:.3g} times the teacher's perplexity"
+        if gain is not None:
+            headline += f", the linear branch carrying {gain:.3f} nats per token"
+    return Verdict(level=level, headline=headline, lines=lines, gates=gates)
+
+
+def _gates(gate: Mapping[str, Any], ratio: float | None, gain: float | None) -> list[Gate]:
+    gates = []
+    if (most := gate.get("perplexity_ratio")) is not None:
+        passed = ratio is not None and ratio <= most
+        gates.append(Gate(name="perplexity_ratio", bound="at most", wanted=most, got=ratio, passed=passed))
+    least = gate.get("linear_gain")
+    if least is not None and least is not False:
+        least = LINEAR_GAIN if least is True else float(least)
+        passed = gain is not None and gain >= least
+        gates.append(Gate(name="linear_gain", bound="at least", wanted=least, got=gain, passed=passed))
+    return gates
+
+
+def _words(gate: Gate) -> str:
+    got = "not measured" if gate.got is None else f"is {gate.got:.4g}"
+    return f"{gate.name} {got}, wanted {gate.bound} {gate.wanted:g}"
+
+
+def enforce(verdict: Verdict) -> None:
+    """Raises GateError (exit code 4) if a gate was missed. Call it after the report is written."""
+    missed = [_words(gate) for gate in verdict.gates if not gate.passed]
+    if missed:
+        raise GateError(
+            f"quality gate missed: {'; '.join(missed)}. Train on more tokens, or relax `gate` in the recipe"
+        )
