@@ -77,17 +77,18 @@ class Site:
 class Rotary:
     """The rotary embedding of this call, and its inverse.
 
-    cos_BTR, sin_BTR cover the first R channels of each head; `apply` is the family's own function.
+    cos, sin [B, T, R] as the family's own function `apply` takes them; it rotates the first `channels` of each head
+    (R of them, or 2 R in families that keep one half of cos and sin).
     """
 
     cos: Tensor
     sin: Tensor
     apply: Callable[..., Any]
+    channels: int
 
     def undo(self, x_BHTK: Tensor) -> Tensor:
         """x before rotation: the family's function with (cos, -sin), over cos^2 + sin^2 (YaRN scales both)."""
-        rotated = self.cos.shape[-1]
-        head, tail = x_BHTK[..., :rotated], x_BHTK[..., rotated:]
+        head, tail = x_BHTK[..., : self.channels], x_BHTK[..., self.channels :]
         cos, sin = self.cos.to(head.dtype), self.sin.to(head.dtype)
         back, _ = self.apply(head, head, cos, -sin)
         norm = (self.cos.float() ** 2 + self.sin.float() ** 2)[..., :1]

@@ -11,7 +11,7 @@ import copy
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -53,30 +53,27 @@ class Port:
     mode: str = "student"
     watcher: Watcher | None = None
     rotates: bool = True
+    rotary_channels: int | None = None  # how many channels of a head the family rotates (None: as many as cos has)
     call: Call | None = None
     fired: int = 0
     seen: list[Any] = field(default_factory=list)
-    plain_rotary: bool = False  # probe: run the family's rotation with cos 1, sin 0
+    plain: list[Any] = field(default_factory=list)  # probe: q and k as they are without rotation
+    wants_plain: bool = False
 
     # ------------------------------------------------------------------------------------- around forward
-    def enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Record the call's context; returns the keyword arguments to pass on."""
+    def enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Record the call's context."""
         named = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
         cross = any(named.get(n) is not None for n in ("key_value_states", "encoder_hidden_states"))
         if cross:
             raise Unsupported(f"{self.site.name} was called as cross-attention (it got keys of its own); do not convert it")
         cache = next((a for a in (*kwargs.values(), *args) if isinstance(a, hf.Cache | hf.EncoderDecoderCache)), None)
-        embeddings = named.get("position_embeddings")
-        if self.plain_rotary and embeddings is not None and "position_embeddings" in kwargs:
-            cos, sin = embeddings
-            kwargs = {**kwargs, "position_embeddings": (torch.ones_like(cos), torch.zeros_like(sin))}
         self.call = Call(
             hidden=args[0] if args else named.get("hidden_states"),
-            position_embeddings=embeddings,
+            position_embeddings=named.get("position_embeddings"),
             positions=named.get("position_ids"),
             layer=self._layer(module, cache),
         )
-        return kwargs
 
     def _layer(self, module: nn.Module, cache: Any) -> StateLayer | None:
         if cache is None or self.site.layer is None:
@@ -93,12 +90,15 @@ class Port:
         self, module: nn.Module, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTV: Tensor, mask: Any, **kwargs: Any
     ) -> Tensor:
         """o_BHTV of this call, from the mixer or from the teacher."""
-        self.fired += 1
         assert self.call is not None
 
         def teacher() -> Tensor:
             return self._softmax(module, q_BHTK, k_BGTK, v_BGTV, mask, kwargs)
 
+        if self.mode == "plain":
+            self.plain = [q_BHTK, k_BGTK]
+            return teacher()
+        self.fired += 1
         if self.mode == "probe":
             self.seen.append((q_BHTK, k_BGTK, v_BGTV, self._rotary()))
             return teacher()
@@ -140,7 +140,7 @@ class Port:
         if self.call.position_embeddings is None or apply is None:
             return None
         cos, sin = self.call.position_embeddings
-        return Rotary(cos, sin, apply)
+        return Rotary(cos, sin, apply, self.rotary_channels or cos.shape[-1])
 
     def _softmax(self, module: nn.Module, q, k, v, mask, kwargs: dict[str, Any]) -> Tensor:
         if self.site.seam == "sdpa":
@@ -161,8 +161,14 @@ def _made_subclass(cls: type[nn.Module], seam: str) -> type[nn.Module]:
 
             def forward(self, *args: Any, **kwargs: Any) -> Any:
                 port: Port = self.linearize_port
-                kwargs = port.enter(self, args, kwargs)
+                port.enter(self, args, kwargs)
                 try:
+                    if port.wants_plain and kwargs.get("position_embeddings") is not None:
+                        cos, sin = kwargs["position_embeddings"]
+                        unrotated = (torch.ones_like(cos), torch.zeros_like(sin))
+                        port.mode = "plain"
+                        cls.forward(self, *args, **{**kwargs, "position_embeddings": unrotated})
+                        port.mode = "probe"
                     if seam == "sdpa":
                         with sdpa.Redirect(lambda q, k, v, mask, **more: port.answer(self, q, k, v, mask, **more)):
                             return cls.forward(self, *args, **kwargs)
@@ -403,30 +409,29 @@ def _default_probe(model: nn.Module) -> Any:
 
 
 def _probe(surgery: Surgery, run: Callable[[nn.Module], Any]) -> None:
-    """Run once as the teacher and check what arrives at each site; twice where mixers undo the rotation."""
+    """Run once as the teacher and check what arrives at each site."""
     model, ports = surgery.model, surgery._ports()
-    rounds = [False, True] if any(m.needs_rotary for m in surgery.mixers.values()) else [False]
     training = model.training
     model.eval()
     try:
-        for plain in rounds:
-            for port in ports:
-                port.mode, port.plain_rotary, port.fired = "probe", plain, 0
-            with torch.no_grad():
-                run(model)
-            if silent := [p.site.name for p in ports if p.fired != 1]:
-                raise Unsupported(
-                    f"{silent[0]} was reached {next(p.fired for p in ports if p.fired != 1)} times by one forward, not "
-                    f"once ({len(silent)} of {len(ports)} sites); a hook or wrapper is in the way"
-                )
+        for port, mixer in zip(ports, surgery.mixers.values(), strict=True):
+            port.mode, port.wants_plain, port.fired = "probe", mixer.needs_rotary, 0
+        with torch.no_grad():
+            run(model)
+        if missed := [p for p in ports if p.fired != 1]:
+            raise Unsupported(
+                f"{missed[0].site.name} was reached {missed[0].fired} times by one forward, not once "
+                f"({len(missed)} of {len(ports)} sites); a hook or wrapper is in the way"
+            )
         for port in ports:
             _check_shapes(port)
-            if len(rounds) == 2:
+            if port.wants_plain:
                 _check_rotary(port)
     finally:
         for port in ports:
-            port.mode, port.plain_rotary = "student", False
+            port.mode, port.wants_plain = "student", False
             port.seen.clear()
+            port.plain.clear()
         model.train(training)
 
 
@@ -443,17 +448,28 @@ def _check_shapes(port: Port) -> None:
 
 def _check_rotary(port: Port) -> None:
     """Does undoing the rotation give back what the family had before it? Exact on most; layers without RoPE skip it."""
-    (q, k, _, rotary), (q_plain, k_plain, _, _) = port.seen
-    if rotary is None:
+    q, k, _, rotary = port.seen[0]
+    if rotary is None or not port.plain:
         raise Unsupported(f"{port.site.name}: rope: undo has nothing to undo, this family has no rotary embedding")
+    q_plain, k_plain = port.plain
     if torch.equal(q, q_plain) and torch.equal(k, k_plain):
         port.rotates = False  # a NoPE layer: there is nothing to undo, and q, k are already plain
         return
-    if q.shape[-1] < rotary.cos.shape[-1] or any(
-        (rotary.undo(x) - plain).abs().max() > 1e-3 * plain.abs().max().clamp(min=1e-6)
-        for x, plain in ((q, q_plain), (k, k_plain))
-    ):
-        raise Unsupported(
-            f"{port.site.name}: this family's rotary embedding cannot be undone (it permutes channels or rotates a part "
-            "of its own); use rope: keep"
-        )
+    for channels in (rotary.channels, 2 * rotary.channels):
+        if all(_undoes(replace(rotary, channels=channels), *pair) for pair in ((q, q_plain), (k, k_plain))):
+            port.rotary_channels = channels
+            return
+    raise Unsupported(
+        f"{port.site.name}: this family's rotary embedding cannot be undone (it permutes channels or rotates a part of its "
+        "own); use rope: keep"
+    )
+
+
+def _undoes(rotary: Rotary, x: Tensor, plain: Tensor) -> bool:
+    if rotary.channels > x.shape[-1]:
+        return False
+    try:
+        back = rotary.undo(x)
+    except RuntimeError:  # the family's function does not take this many channels
+        return False
+    return bool((back - plain).abs().max() <= 1e-3 * plain.abs().max().clamp(min=1e-6))

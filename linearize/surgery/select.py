@@ -107,7 +107,9 @@ def _kv_heads(module: nn.Module, config: Any, heads: int) -> int:
     group = getattr(module, "num_key_value_groups", None)
     if isinstance(group, int):
         return heads // group
-    if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
+    if getattr(config, "new_decoder_architecture", False):  # falcon repeats k and v to all heads before attention
+        return heads
+    if getattr(config, "multi_query", False):
         return 1
     for owner, name in ((module, "num_kv_heads"), (module, "num_key_value_heads"), (config, "num_kv_heads")):
         value = getattr(owner, name, None)
