@@ -154,6 +154,13 @@ class Port:
 def _made_subclass(cls: type[nn.Module], seam: str) -> type[nn.Module]:
     """`cls` with a forward that passes its context to the port, and always clears it."""
     key = (cls, seam)
+
+    def run(module: nn.Module, port: Port, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if seam == "interface":
+            return cls.forward(module, *args, **kwargs)
+        with sdpa.Redirect(lambda q, k, v, mask, **more: port.answer(module, q, k, v, mask, **more)):
+            return cls.forward(module, *args, **kwargs)
+
     if key not in _made:
 
         class Linearized(cls):  # type: ignore[misc, valid-type]
@@ -167,12 +174,9 @@ def _made_subclass(cls: type[nn.Module], seam: str) -> type[nn.Module]:
                         cos, sin = kwargs["position_embeddings"]
                         unrotated = (torch.ones_like(cos), torch.zeros_like(sin))
                         port.mode = "plain"
-                        cls.forward(self, *args, **{**kwargs, "position_embeddings": unrotated})
+                        run(self, port, args, {**kwargs, "position_embeddings": unrotated})
                         port.mode = "probe"
-                    if seam == "sdpa":
-                        with sdpa.Redirect(lambda q, k, v, mask, **more: port.answer(self, q, k, v, mask, **more)):
-                            return cls.forward(self, *args, **kwargs)
-                    return cls.forward(self, *args, **kwargs)
+                    return run(self, port, args, kwargs)
                 finally:
                     port.call = None
 
