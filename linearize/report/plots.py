@@ -28,7 +28,7 @@ COLOURS = {
 WIDTH = 9.0
 DPI = 144
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans", "font.size": 9, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": MUTED,
     "axes.facecolor": PAPER, "figure.facecolor": PAPER, "savefig.facecolor": PAPER, "axes.spines.top": False,
     "axes.spines.right": False, "axes.linewidth": 0.8, "axes.titlesize": 10, "axes.titleweight": "bold",
@@ -164,7 +164,7 @@ def loss_by_layer(stage: Stage, losses: Mapping[int, list[float]]) -> bytes:
 
         lines, picture = figure.subplots(1, 2, width_ratios=[1.15, 1])
         figure.get_layout_engine().set(wspace=0.08)  # type: ignore[union-attr]
-        for i, layer in enumerate(layers):
+        for i in range(len(layers)):
             depth = i / max(1, len(layers) - 1)
             lines.plot(steps, grid[i], color=shades(0.35 + 0.6 * depth), linewidth=1.4)
         for i in (0, -1) if len(layers) > 1 else (0,):
@@ -314,6 +314,8 @@ def error_by_depth(report: Report) -> bytes:
     """A line per row that has one."""
 
     def draw(figure: Figure) -> None:
+        from matplotlib.ticker import MaxNLocator
+
         ax = figure.subplots()
         for row in report.rows:
             if row.residual_error and row.name != "teacher":
@@ -322,7 +324,7 @@ def error_by_depth(report: Report) -> bytes:
                 ax.plot(range(len(error)), error, "o-", markersize=4, color=colour, label=label(report, row.name))
         ax.set(xlabel="after layer", ylabel="relative error")
         ax.set_ylim(bottom=0)
-        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.legend(loc="upper left")
 
     return _paint(draw, 3.0)
@@ -385,7 +387,7 @@ def attention(report: Report, most: int = 4) -> bytes:
             for line, which in enumerate(("teacher", "student")):
                 ax = axes[line, column]
                 weights = np.sqrt(picture.unpack(which))
-                mesh = ax.imshow(weights, cmap=shades, vmin=0, vmax=1, interpolation="nearest")
+                ax.imshow(weights, cmap=shades, vmin=0, vmax=1, interpolation="nearest")
                 ax.grid(False)
                 ax.set_xticks([])
                 ax.set_yticks([])
@@ -395,7 +397,7 @@ def attention(report: Report, most: int = 4) -> bytes:
                     ax.set_title(f"layer {picture.layer}, head {picture.head}", loc="center", fontsize=9)
                 if column == 0:
                     ax.set_ylabel(which, color=TEACHER if line == 0 else STUDENT, fontweight="bold")
-        bar = figure.colorbar(mesh, ax=axes, shrink=0.5, aspect=24, pad=0.015)
+        bar = figure.colorbar(axes[0, 0].images[0], ax=axes, shrink=0.5, aspect=24, pad=0.015)
         bar.set_ticks([0, 0.1**0.5, 0.3**0.5, 1], labels=["0", "0.1", "0.3", "1"])
         bar.outline.set_visible(False)  # type: ignore[operator]
 

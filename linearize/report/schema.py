@@ -368,7 +368,7 @@ def average(rows: list[Row]) -> Row:
     if len(rows) == 1:
         return rows[0]
     mean: dict[str, Any] = {"name": rows[0].name, "tokens": rows[0].tokens, "cache_bytes": rows[0].cache_bytes}
-    spread: dict[str, float] = {}
+    spread: dict[str, Number] = {}
     for metric in Row.METRICS:
         values = [value for row in rows if (value := getattr(row, metric)) is not None]
         if len(values) == len(rows):
@@ -472,7 +472,8 @@ def read_results(folder: str | Path) -> list[tuple[str, Result]]:
 def problems(root: str | Path) -> list[str]:
     """What is wrong with the result files of a checkout, one line each: CI prints them."""
     found = []
-    for folder, kind in (("recipes/results", Result), ("benchmarks/results", Bench)):
+    kinds: tuple[tuple[str, Any], ...] = (("recipes/results", Result), ("benchmarks/results", Bench))
+    for folder, kind in kinds:
         for path in sorted((Path(root) / folder).rglob("*.json")):
             try:
                 read(path, kind)

@@ -156,11 +156,13 @@ def quality_table(run: Run, lengths: Sequence[int] = LENGTHS) -> Table:
         ])  # fmt: skip
     main = ["perplexity", "KL", "top-1", "copy NLL"]
     notes = [f"Measured on {run.evaluation}."] if run.evaluation else []
-    notes.append("KL(teacher || student), nats per token; copy NLL: on tokens seen before the window only.")
+    notes.append("KL(teacher || student) in nats per token. Ratio: to the teacher's perplexity.")
+    if any(row.copy_nll is not None for row in rows):
+        notes.append("Copy: tokens seen before, but not in the window. Closed: of the window's loss on them.")
     names = {row.name for row in rows}
     if names & {"window_off", "linear_off"}:
         notes.append("Window off, linear off: the student with one of its branches alone.")
-    columns = ["", "perplexity", "× teacher", "KL", "top-1", "copy NLL", "gap closed"]
+    columns = ["", "perplexity", "ratio", "KL", "top-1", "copy NLL", "closed"]
     table = Table(
         "Quality, and what one sequence keeps" if lengths else "Quality",
         [*columns, *(f"at {count(tokens)}" for tokens in lengths)],

@@ -57,18 +57,20 @@ def judge(rows: Sequence[Row], gate: Mapping[str, Any] | None = None) -> Verdict
     dead = gain is not None and gain < LINEAR_GAIN and (copy_gain is None or copy_gain < 2 * LINEAR_GAIN)
 
     lines, beaten = [], []
-    if ratio is not None:
-        lines.append(f"Perplexity is {ratio:.3g} times the teacher's.")
     if gain is not None and not dead:
         on_copies = "" if copy_gain is None else f" ({copy_gain:.3f} on tokens copied from beyond the window)"
         lines.append(f"The linear branch carries {gain:.3f} nats per token{on_copies}.")
     if student is not None and student.gap_closed is not None:
         lines.append(f"{100 * student.gap_closed:.0f} % of the window-to-teacher gap is closed on copied tokens.")
     for name, words in (("zero-token window", "an untrained window"), ("window-only student", "a trained window")):
-        ahead = _gap(find(rows, name), student, "nll")
-        if ahead is not None and ahead >= 0:
+        lead = _gap(student, find(rows, name), "nll")
+        if lead is None:
+            continue
+        if lead > 0:
+            lines.append(f"{lead:.3f} nats per token better than {words}.")
+        else:
             beaten.append(words)
-            lines.append(f"{words[0].upper()}{words[1:]} does as well or better, by {ahead:.3f} nats per token.")
+            lines.append(f"{-lead:.3f} nats per token worse than {words}.")
 
     gates = _gates(gate or {}, ratio, gain)
     missed = [g for g in gates if not g.passed]
@@ -86,8 +88,8 @@ def judge(rows: Sequence[Row], gate: Mapping[str, Any] | None = None) -> Verdict
         level, headline = "unknown", "Not measured against its teacher"
     else:
         level, headline = "good", f"{ratio:.3g} times the teacher's perplexity"
-        if gain is not None:
-            headline += f", the linear branch carrying {gain:.3f} nats per token"
+    if level != "good" and ratio is not None:
+        lines.insert(0, f"{ratio:.3g} times the teacher's perplexity.")
     return Verdict(level=level, headline=headline, lines=lines, gates=gates)
 
 

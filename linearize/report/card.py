@@ -1,0 +1,172 @@
+"""The model card: README.md of the output folder, with the recipe and the measured table inside. Needs no network."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from linearize.report import tables
+from linearize.report.schema import Report
+from linearize.storage import write_atomic
+from linearize.types import InputError
+
+LIMITS = (
+    "Only one model, one text and one machine stand behind the numbers above: measure on your own data "
+    "(`linearize eval`).",
+    "A state of constant size forgets. Exact recall from far back is where softmax attention stays ahead: look at the "
+    "copy columns before you rely on it.",
+    "Biases and unsafe behaviour of the base model were neither measured nor removed.",
+)
+
+
+def write_card(report: Report, folder: str | Path, *, adapter: bool = False) -> None:
+    """Writes README.md into `folder`. adapter: the folder holds an adapter, not a whole model. Raises StorageError."""
+    write_atomic(Path(folder) / "README.md", str(card(report, adapter=adapter)))
+
+
+def card(report: Report, *, adapter: bool = False) -> Any:
+    """The huggingface_hub.ModelCard of a report."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    name = f"{report.model.id.rpartition('/')[2]}-{report.method}"
+    results = _eval_results(report)
+    data = ModelCardData(
+        model_name=name if results else None,
+        eval_results=results or None,
+        # Only an id of the hub means something to others; a folder of this machine does not.
+        base_model=report.model.id if report.model.source == "hub" else None,
+        license=report.model.license,
+        library_name="linearize" if adapter else "transformers",
+        pipeline_tag="text-generation",
+        tags=["linearize", "linear-attention", report.method, *([] if adapter else ["custom_code"])],
+    )
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_body(report, name, adapter)}")
+
+
+def _eval_results(report: Report) -> list[Any]:
+    from huggingface_hub import EvalResult
+
+    row = report.row("student")
+    if row is None:
+        return []
+    metrics = (("perplexity", "perplexity"), ("kl", "KL to the teacher, nats per token"), ("top1", "top-1 agreement"))
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type="text",
+            dataset_name=report.evaluation,
+            metric_type=key,
+            metric_name=words,
+            metric_value=value,
+        )
+        for key, words in metrics
+        if (value := getattr(row, key)) is not None
+    ]
+
+
+def _body(report: Report, name: str, adapter: bool) -> str:
+    model, escape = report.model, tables.escape_markdown
+    shown = [tables.quality_table(report), tables.parts_table(report), tables.state_table(report)]
+    layers = "its attention layers"
+    if model.converted is not None and model.layers is not None:
+        layers = f"{model.converted} of its {model.layers} attention layers"
+    command = report.command.replace("`", "'")
+    versions = ", ".join(f"{library} {version}" for library, version in report.versions.items())
+    parts = [
+        f"# {escape(name)}",
+        f"{escape(model.id)} with {layers} replaced by `{report.method}`{_paper(report.method)}, made by linearize "
+        f"{escape(report.commit.package)}.",
+        f"**{escape(report.verdict.headline)}.**\n\n" + "".join(f"- {escape(line)}\n" for line in report.verdict.lines),
+        "## Quality",
+        *(tables.render(table, "markdown") for table in shown if table is not None and table.rows),
+        "## Load",
+        _load(report, adapter),
+        *_samples(report),
+        "## Recipe",
+        _fence(yaml.safe_dump(report.plan, sort_keys=False, allow_unicode=True), "yaml"),
+        "## Limitations",
+        "".join(f"- {line}\n" for line in [*_kept(report), *LIMITS]),
+        "## How it was made",
+        tables.render(tables.stages_table(report), "markdown"),
+        f"`{command}`, commit {escape(str(report.commit))}, {report.date}, on {escape(report.machine.cpu)} "
+        f"({report.machine.device}); {escape(versions)}. Everything else is in `report.json`.",
+    ]
+    return "\n\n".join(part.rstrip() for part in parts if part.strip()) + "\n"
+
+
+def _paper(method: str) -> str:
+    """Where the method comes from, as its mixer says; nothing for a method that is not installed here."""
+    from linearize.mixers.base import get
+
+    try:
+        return f" ({tables.escape_markdown(get(method).paper)})"
+    except InputError:
+        return ""
+
+
+def _load(report: Report, adapter: bool) -> str:
+    if adapter:
+        base = report.model.id if report.model.source == "hub" else "path/to/the/base"
+        return _fence(f'import linearize\n\nmodel = linearize.load("{base}", adapter="this/folder")\n', "python")
+    return _fence(
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'model = AutoModelForCausalLM.from_pretrained("this/folder", trust_remote_code=True)  # needs linearize\n'
+        'tokenizer = AutoTokenizer.from_pretrained("this/folder")\n'
+        'ids = tokenizer("Once upon a time", return_tensors="pt")\n'
+        "print(tokenizer.decode(model.generate(**ids, max_new_tokens=64)[0]))\n",
+        "python",
+    )
+
+
+def _samples(report: Report) -> list[str]:
+    if not report.sample:
+        return []
+    sample = report.sample[0]
+    both = f"{sample.prompt}\n\nteacher:  ...{sample.teacher}\n\nstudent:  ...{sample.student}\n"
+    return ["## A sample", _fence(both)]
+
+
+def _kept(report: Report) -> list[str]:
+    escape = tables.escape_markdown
+    kept = [site for site in report.sites if not site.converted]
+    lines = [f"{escape(site.name)} keeps softmax{': ' + escape(site.why) if site.why else ''}." for site in kept[:8]]
+    if len(kept) > 8:
+        lines.append(f"So do {len(kept) - 8} more layers, named in `report.json`.")
+    drops = sorted({what for site in report.sites if site.converted for what in site.drops})
+    lines += [f"Not kept in the converted layers: {escape(what)}." for what in drops]
+    if not report.model.license:
+        lines.append("The licence of the base model applies; it was not stated where the base was loaded from.")
+    return lines
+
+
+def _fence(text: str, language: str = "") -> str:
+    """A code block that no text can close from within."""
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    mark = "`" * max(3, longest + 1)
+    return f"{mark}{language}\n{text.rstrip()}\n{mark}"
+
+
+def license_of(folder: str | Path) -> str | None:
+    """The licence that the card in a local model folder states, or None."""
+    try:
+        text = (Path(folder) / "README.md").read_text(encoding="utf-8")
+        found = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
+        stated = (yaml.safe_load(found.group(1)) or {}).get("license") if found else None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError):
+        return None
+    return stated if isinstance(stated, str) else None
+
+
+def check_card(path: str | Path) -> None:
+    """Raises InputError unless `path` is a card of ours whose header can be read: to be called before publishing."""
+    from huggingface_hub import ModelCard
+
+    try:
+        data = ModelCard.load(path).data
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise InputError(f"{path} is not a model card ({error}): write it again with `linearize report`") from None
+    if "linearize" not in (getattr(data, "tags", None) or []):
+        raise InputError(f"{path} was not written by linearize: write it again with `linearize report`")

@@ -1,0 +1,91 @@
+"""The measured tables in README.md and recipes/README.md, regenerated from result files between two comments.
+
+    <!-- results:begin -->   table of recipes/results/**/*.json       <!-- results:end -->
+    <!-- benchmarks:begin --> tables of benchmarks/results/*.json     <!-- benchmarks:end -->
+
+The same files give the same text, to the byte.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from linearize.report import tables
+from linearize.report.schema import Bench, read, read_results
+from linearize.storage import write_atomic
+from linearize.types import GateError, InputError, StorageError
+
+FILES = ("README.md", "recipes/README.md")
+EMPTY = "No result file yet: the table appears with the first one in `recipes/results`."
+LEGEND = (
+    "Perplexity of the teacher, of the student before training (swapped) and after, and of sliding windows without a "
+    "linear branch, untrained (0) and trained with the student's tokens. KL(teacher || student) in nats per token. "
+    "Copy gap: the share of the window's loss on copied tokens that is won back. Linear branch: nats per token lost "
+    "when it is switched off. State / KV at the longest length measured. Each run leads to its file, with commit, "
+    "machine and every other number."
+)
+
+
+def update(root: str | Path, *, check: bool = False) -> list[str]:
+    """Brings the generated parts under `root` up to date; returns the names of the files that changed.
+
+    check: nothing is written. Raises GateError (exit code 4) where a file differs, InputError where a result file or
+    the comments are broken.
+    """
+    root = Path(root)
+    changed = []
+    for name in FILES:
+        path = root / name
+        if not path.exists() and name != FILES[0]:
+            continue
+        try:
+            old = path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise StorageError(f"cannot read {path}: {error.strerror}; run it in a checkout of linearize") from None
+        new = _filled(old, path, root)
+        if new != old:
+            changed.append(name)
+            if not check:
+                write_atomic(path, new)
+    if check and changed:
+        raise GateError(
+            f"{' and '.join(changed)} out of step with the result files: run `linearize report --update-readme` and "
+            "commit what it writes"
+        )
+    return changed
+
+
+def _filled(text: str, path: Path, root: Path) -> str:
+    blocks = {"results": results_block, "benchmarks": benchmarks_block}
+    for name, block in blocks.items():
+        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+        if (text.count(begin), text.count(end)) == (0, 0) and name != "results":
+            continue
+        if (text.count(begin), text.count(end)) != (1, 1) or text.index(begin) > text.index(end):
+            raise InputError(f"{path} needs the lines {begin!r} and {end!r}, once each and in this order")
+        body = f"{begin}\n{block(root, path.parent)}{end}"
+        text = re.sub(re.escape(begin) + ".*?" + re.escape(end), lambda _, body=body: body, text, flags=re.DOTALL)
+    return text
+
+
+def results_block(root: Path, here: Path) -> str:
+    """The table of result files under `root`, its links relative to the folder `here`."""
+    folder = root / "recipes" / "results"
+    found = read_results(folder)
+    if not found:
+        return EMPTY + "\n"
+    table = tables.results_table(found, lambda name: Path(os.path.relpath(folder / name, here)).as_posix())
+    return f"{tables.render(table, 'markdown')}\n{tables.escape_markdown(LEGEND)}\n"
+
+
+def benchmarks_block(root: Path, here: Path) -> str:
+    """One table per benchmark file."""
+    parts = []
+    for path in sorted((root / "benchmarks" / "results").glob("*.json")):
+        bench = read(path, Bench)
+        link = Path(os.path.relpath(path, here)).as_posix()
+        title = f"[{tables.escape_markdown(bench.name)}]({link}), {tables.escape_markdown(bench.machine.device)}"
+        parts.append(f"{title}:\n\n{tables.render(tables.bench_table(bench), 'markdown')}")
+    return "\n".join(parts) if parts else "No benchmark file yet.\n"
