@@ -7,11 +7,14 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from linearize.data import selfgen as module
 from linearize.data import text
+from linearize.data.selfgen import _prompt_ids, frequent_tokens, selfgen
 from linearize.data.text import Tokens, check_length, collate, documents, first_token, read_chats, read_texts, tokenize
 from linearize.types import InputError, StorageError
 
-WORDS = list(dict.fromkeys("once upon a time there was little girl and boy who saw big red dog in the park".split(" ")))
+SENTENCE = "once upon a time there was little girl and boy who saw big red dog in the park"
+WORDS = SENTENCE.split()
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content }}<|im_end|>{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
@@ -273,3 +276,140 @@ def test_cut_documents_begin_with_the_first_token_again(tokenizer):
     data = tokenize([" ".join(WORDS * 3)], tokenizer, 10)
     assert all(item["input_ids"][0] == 0 for item in data)
     assert text.tokenize([" ".join(WORDS * 3)], tokenizer, 10, bos=False)[1]["input_ids"][0] != 0
+
+
+# ------------------------------------------------------------------------------------------------- selfgen
+@pytest.fixture
+def writer(tokenizer):
+    return make_model(len(tokenizer), bos_token_id=0, eos_token_id=1), tokenizer
+
+
+def items(data):
+    return [item for i in range(len(data)) for item in data[i].values()]
+
+
+def test_selfgen_is_seeded_and_a_longer_call_continues_a_shorter_one(writer):
+    a, b, more, other = (
+        selfgen(*writer, tokens, 16, seed=seed, batch=4) for tokens, seed in [(100, 3), (100, 3), (200, 3), (100, 4)]
+    )
+    assert a.digest == b.digest != other.digest
+    assert 100 <= a.tokens < 116 and len(more) == 13
+    assert all(torch.equal(x, y) for x, y in zip(items(a), items(more), strict=False))
+    assert (a.ids.view(-1, 16)[:, 0] == 0).all()
+
+
+def test_selfgen_starts_a_new_document_behind_an_end(writer):
+    data = selfgen(*writer, 2000, 32, seed=0, batch=32)
+    ids = data.ids.view(-1, 32)
+    ended = ids[:, :-1] == 1
+    assert ended.any() and (ids[:, 1:][ended] == 0).all()
+    for item in data:
+        assert torch.equal(item["position_ids"] == 0, item["input_ids"] == 0)
+
+
+def test_selfgen_ignores_the_models_own_sampling_settings_and_leaves_random_state_alone(writer):
+    model, tokenizer = writer
+    want = selfgen(model, tokenizer, 64, 16, batch=4).digest
+    model.generation_config.top_k = 1
+    model.generation_config.repetition_penalty = 3.0
+    model.train()
+    state = torch.get_rng_state()
+    assert selfgen(model, tokenizer, 64, 16, batch=4).digest == want
+    assert torch.equal(state, torch.get_rng_state())
+    assert model.training and model.generation_config.top_k == 1
+
+
+def test_selfgen_samples_what_the_model_says(writer):
+    model, tokenizer = writer
+    data = selfgen(model, tokenizer, 40000, 2, batch=5000)
+    with torch.no_grad():
+        want = model(torch.tensor([[0]])).logits[0, 0].softmax(-1)
+    got = data.ids.view(-1, 2)[:, 1].bincount(minlength=len(want)) / len(data)
+    torch.testing.assert_close(got, want, atol=0.01, rtol=0)
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("when", ["sampling", "shard", "index"])
+def test_an_interrupted_run_ends_with_the_same_bytes(writer, tmp_path, monkeypatch, when):
+    whole = selfgen(*writer, 200, 16, batch=4, folder=tmp_path / "whole")
+    target = {"sampling": (module, "sample"), "shard": (Tokens, "save"), "index": (module, "write_atomic")}[when]
+    real, calls = getattr(*target), []
+
+    def stop(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise Stopped
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(*target, stop)
+        selfgen(*writer, 200, 16, batch=4, folder=tmp_path / "cut")
+    again = selfgen(*writer, 200, 16, batch=4, folder=tmp_path / "cut")
+    assert again.digest == whole.digest
+    files = sorted(f.name for f in (tmp_path / "whole").iterdir())
+    assert len(files) == 5 and files == sorted(f.name for f in (tmp_path / "cut").iterdir())
+    for name in files:
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
+
+
+def test_finished_shards_are_read_and_a_damaged_one_is_made_again(writer, tmp_path, monkeypatch):
+    want = selfgen(*writer, 200, 16, batch=4, folder=tmp_path / "a").digest
+    (tmp_path / "a" / "shard-00001.safetensors").write_bytes(b"torn")
+    made, real = [], module.sample
+    monkeypatch.setattr(module, "sample", lambda *a, **k: made.append(1) or real(*a, **k))
+    assert selfgen(*writer, 200, 16, batch=4, folder=tmp_path / "a").digest == want
+    assert len(made) == 1
+
+
+def test_a_folder_of_other_data_is_refused(writer, tmp_path):
+    model, tokenizer = writer
+    selfgen(model, tokenizer, 64, 16, batch=4, folder=tmp_path / "a")
+    with pytest.raises(InputError, match=r"made otherwise \(seed\)"):
+        selfgen(model, tokenizer, 64, 16, seed=1, batch=4, folder=tmp_path / "a")
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)
+    with pytest.raises(InputError, match=r"made otherwise \(model\)"):
+        selfgen(model, tokenizer, 64, 16, batch=4, folder=tmp_path / "a")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "mine").touch()
+    with pytest.raises(InputError, match="not empty"):
+        selfgen(model, tokenizer, 64, 16, batch=4, folder=tmp_path / "b")
+    with pytest.raises(InputError, match="longer than the model's 64 positions"):
+        selfgen(model, tokenizer, 64, 65)
+
+
+def test_without_a_first_token_texts_begin_with_common_words():
+    tokenizer = make_tokenizer(bos=None)
+    model = make_model(len(tokenizer), bos_token_id=None, eos_token_id=1)
+    data = selfgen(model, tokenizer, 2000, 16, batch=16)
+    first = data.ids.view(-1, 16)[:, 0]
+    assert set(first.tolist()) <= set(frequent_tokens(tokenizer)) and len(first.unique()) > 5
+    for item in data:
+        begins = (item["position_ids"] == 0).nonzero().flatten()[1:]
+        assert (item["input_ids"][begins - 1] == 1).all()
+
+
+@pytest.mark.parametrize("kind", ["text", "chat"])
+def test_selfgen_completes_prompts(kind):
+    tokenizer = make_tokenizer(chat="{{ bos_token }}" + CHATML)
+    model = make_model(len(tokenizer), bos_token_id=0, eos_token_id=1)
+    model.generation_config.eos_token_id = [1, 4]
+    prompts = ["once upon a time", "the red dog in", "boy who saw"]
+    if kind == "chat":
+        prompts = [[{"role": "user", "content": p}, {"role": "assistant", "content": "x"}] for p in prompts]
+    data = selfgen(model, tokenizer, 600, 32, batch=7, prompts=prompts, completion_only=True)
+    assert data.digest == selfgen(model, tokenizer, 600, 32, batch=7, prompts=prompts, completion_only=True).digest
+    asked = _prompt_ids(prompts, tokenizer, 32)
+    whole = 0
+    for item in data:
+        begins = (item["position_ids"] == 0).nonzero().flatten().tolist() + [32]
+        for a, b in zip(begins, begins[1:], strict=False):
+            for prompt in asked:
+                if item["input_ids"][a:b][: len(prompt)].tolist() == prompt:
+                    learned = item["labels"][a:b] != -100
+                    assert not learned[: len(prompt)].any() and learned[len(prompt) :].all()
+                    whole += 1
+    assert whole > 5
