@@ -1,0 +1,1 @@
+"""What changes weights, one file each; every stage trains through loop.py."""

@@ -1,0 +1,54 @@
+"""A job: what all stages of one conversion share. Nothing global."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from linearize.types import GateError
+
+if TYPE_CHECKING:
+    from linearize.data.text import Tokens
+    from linearize.surgery.attach import Surgery
+
+
+@dataclass
+class Job:
+    """model: the converted model, surgery: its handle, data: training sequences.
+
+    work: folder for checkpoints (None: none are written). digest: of the plan and all inputs; checkpoints of another
+    digest are refused. resume: continue from the newest complete checkpoint. checkpoint_seconds, checkpoint_steps: how
+    often one is written. on_step(stage, step) is called after every optimiser step, before a checkpoint is written.
+    """
+
+    model: nn.Module
+    surgery: Surgery
+    data: Tokens
+    seed: int = 0
+    work: Path | None = None
+    digest: str = ""
+    resume: bool = False
+    checkpoint_seconds: float = 60.0
+    checkpoint_steps: int | None = None
+    progress: bool = True
+    on_step: Callable[[str, int], None] = lambda stage, step: None
+    trackers: list[Any] = field(default_factory=list)
+
+
+def body(model: nn.Module) -> nn.Module:
+    """The model without its language-model head, where it has one."""
+    return getattr(model, "base_model", model)
+
+
+def not_finite(what: str, model: nn.Module) -> GateError:
+    """The error for a loss that is not finite: names the first parameter at fault, else `what`."""
+    import torch
+
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            return GateError(f"{name} holds NaN or infinity; the last good checkpoint is kept (lower lr, or raise clip)")
+    return GateError(f"{what} is NaN or infinite; the last good checkpoint is kept (lower lr, or raise clip)")
