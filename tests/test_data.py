@@ -319,13 +319,17 @@ def test_selfgen_ignores_the_models_own_sampling_settings_and_leaves_random_stat
     assert model.training and model.generation_config.top_k == 1
 
 
-def test_selfgen_samples_what_the_model_says(writer):
+@pytest.mark.parametrize("top_p", [1.0, 0.7])
+def test_selfgen_samples_what_the_model_says(writer, top_p):
     model, tokenizer = writer
-    data = selfgen(model, tokenizer, 40000, 2, batch=5000)
+    data = selfgen(model, tokenizer, 40000, 2, batch=5000, temperature=1.5, top_p=top_p)
     with torch.no_grad():
-        want = model(torch.tensor([[0]])).logits[0, 0].softmax(-1)
+        want = (model(torch.tensor([[0]])).logits[0, 0] / 1.5).softmax(-1)
+    high, order = want.sort(descending=True)
+    kept = order[: int((high.cumsum(0) < top_p).sum()) + 1]
+    want = torch.zeros_like(want).index_copy(0, kept, want[kept])
     got = data.ids.view(-1, 2)[:, 1].bincount(minlength=len(want)) / len(data)
-    torch.testing.assert_close(got, want, atol=0.01, rtol=0)
+    torch.testing.assert_close(got, want / want.sum(), atol=0.01, rtol=0)
 
 
 class Stopped(Exception):

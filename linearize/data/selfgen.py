@@ -176,11 +176,36 @@ class _Restart:
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         over = torch.isin(input_ids[:, -1], self.ends.to(input_ids.device))
-        if over.any():
-            scores = scores.clone()
-            scores[over] = -torch.inf
-            scores[over, self.first] = 0.0
-        return scores
+        return torch.where(over[:, None], _only(scores, self.first), scores) if over.any() else scores
+
+
+class _Draw:
+    """A logits processor that draws the next token by one uniform number per row, and leaves nothing to choose.
+
+    generate's own sampling draws one number per row and piece: at 32,000 pieces that is 40 % of a small model's time.
+    And this one depends on no global random state.
+    """
+
+    def __init__(self, seed: int, temperature: float, top_p: float) -> None:
+        self.numbers = torch.Generator().manual_seed(seed)
+        self.temperature, self.top_p = temperature, top_p
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        chance = (scores.float() / self.temperature).softmax(-1)
+        if self.top_p < 1:
+            high, order = chance.sort(-1, descending=True)
+            beyond = high.cumsum(-1) - high >= self.top_p  # the piece that crosses top_p stays
+            chance = chance.scatter(-1, order, high.masked_fill(beyond, 0))
+        cumulated = chance.cumsum(-1)
+        at = torch.rand(len(scores), 1, generator=self.numbers).to(scores.device)
+        drawn = torch.searchsorted(cumulated, at * cumulated[:, -1:], right=True)
+        return _only(scores, drawn.clamp(max=scores.shape[-1] - 1))
+
+
+def _only(scores: Tensor, token: Tensor | int) -> Tensor:
+    """Scores that leave `token` alone: an id, or ids [B, 1]."""
+    index = torch.full_like(scores[:, :1], token, dtype=torch.long) if isinstance(token, int) else token
+    return torch.full_like(scores, -torch.inf).scatter(-1, index, 0.0)
 
 
 def sample(
@@ -195,33 +220,31 @@ def sample(
     ends: Sequence[int] = (),
     processors: Sequence[Any] = (),
 ) -> Tensor:
-    """`ids` [B, T] (padded on the left where `mask` is 0) and up to `new` further ids each: int64 [B, T + new], on the
-    CPU. seed None: greedy. Nothing of the model's own generation settings is used, and no random state is left
-    changed. ends: ids that end a row; it is filled up with the first of them."""
+    """`ids` [B, T] (padded on the left where `mask` is 0) and `new` further ids each: int64 [B, T + new], on the CPU.
+
+    seed None: greedy. Nothing of the model's own generation settings is used, and no random state is touched. ends:
+    ids that end a row; it is filled up with the first of them.
+    """
     from transformers import GenerationConfig, LogitsProcessorList
 
-    drawing = {} if seed is None else {"temperature": temperature, "top_p": top_p, "top_k": 0}
     settings = GenerationConfig(
         max_new_tokens=new,
-        do_sample=seed is not None,
+        do_sample=False,
         use_cache=True,
         eos_token_id=list(ends) or None,
         pad_token_id=ends[0] if ends else 0,
-        **drawing,
     )
+    draw = [] if seed is None else [_Draw(seed, temperature, top_p)]
     device = next(model.parameters()).device
-    devices = [device] if device.type != "cpu" else []
     training = model.training
     model.eval()
     try:
-        with _own_settings(model), torch.random.fork_rng(devices), torch.no_grad():
-            if seed is not None:
-                torch.manual_seed(seed)
+        with _own_settings(model), torch.no_grad():
             out = model.generate(
                 ids.to(device),
                 attention_mask=(torch.ones_like(ids) if mask is None else mask).to(device),
                 generation_config=settings,
-                logits_processor=LogitsProcessorList(processors),
+                logits_processor=LogitsProcessorList([*processors, *draw]),
             )
     finally:
         model.train(training)
