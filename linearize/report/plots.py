@@ -53,8 +53,12 @@ class Drawing:
 def drawings(report: Report) -> list[Drawing]:
     """Every picture that this report has the numbers for, in reading order."""
     out = []
+    converted = [site.layer for site in report.sites if site.converted]
     for stage in report.stages:
         for template, losses in per_layer(stage).items():
+            # Stages number the converted layers; where some were left alone that is not the layer's number.
+            if all(layer is not None for layer in converted) and sorted(losses) == list(range(len(converted))):
+                losses = {converted[i]: values for i, values in losses.items()}
             what = "" if template in ("layer.#", "#") else f" ({template.replace('#', 'n')})"
             out.append(
                 Drawing(
@@ -157,6 +161,7 @@ def loss_by_layer(stage: Stage, losses: Mapping[int, list[float]]) -> bytes:
     layers = sorted(losses)
     grid = np.array([losses[layer] for layer in layers])
     steps = _steps(stage, grid.shape[1])
+    smooth = np.array([_smooth(line, len(line) // 100) for line in grid])
     shades = _colormap()
 
     def draw(figure: Figure) -> None:
@@ -166,10 +171,10 @@ def loss_by_layer(stage: Stage, losses: Mapping[int, list[float]]) -> bytes:
         figure.get_layout_engine().set(wspace=0.08)  # type: ignore[union-attr]
         for i in range(len(layers)):
             depth = i / max(1, len(layers) - 1)
-            lines.plot(steps, grid[i], color=shades(0.35 + 0.6 * depth), linewidth=1.4)
+            lines.plot(steps, smooth[i], color=shades(0.35 + 0.6 * depth), linewidth=1.4)
         for i in (0, -1) if len(layers) > 1 else (0,):
             lines.annotate(
-                f"layer {layers[i]}", (steps[-1], grid[i, -1]), xytext=(5, 0), textcoords="offset points",
+                f"layer {layers[i]}", (steps[-1], smooth[i, -1]), xytext=(5, 0), textcoords="offset points",
                 fontsize=8, va="center", color=shades(0.5 if i == 0 else 0.95),
             )  # fmt: skip
         lines.set(title="each layer", xlabel="step", ylabel="loss")
@@ -214,7 +219,13 @@ def loss_by_step(stages: list[Stage]) -> bytes:
 
 def _smooth(values: np.ndarray, reach: int) -> np.ndarray:
     """Mean over `reach` neighbours on both sides; what is missing does not count."""
-    return np.array([np.nanmean(values[max(0, i - reach) : i + reach + 1]) for i in range(len(values))])
+    return np.array([_mean(values[max(0, i - reach) : i + reach + 1]) for i in range(len(values))])
+
+
+def _mean(values: np.ndarray) -> float:
+    """Of what is finite; NaN, without numpy's warning, where nothing is."""
+    finite = values[np.isfinite(values)]
+    return float(finite.mean()) if finite.size else math.nan
 
 
 def perplexity_by_position(report: Report) -> bytes:
@@ -368,7 +379,7 @@ def _slopes(ax: Axes, pair: Pair) -> None:
         for x, values, colour, name in ((ends[0], before, TEACHER, "teacher"), (ends[1], after, STUDENT, "student")):
             ax.scatter(np.full(len(values), x), values, s=16, color=colour, alpha=0.75, linewidth=0, zorder=2)
             if np.isfinite(values).any():
-                mean = np.nanmean(values)
+                mean = _mean(values)
                 ax.plot(
                     [x - 0.1, x + 0.1], [mean, mean], color=colour, linewidth=2.4, zorder=3,
                     label=name if layer == 0 else None,

@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from linearize import __version__
 from linearize.report.schema import Commit, Machine
 
 LIBRARIES = (
@@ -60,11 +61,11 @@ def commit() -> Commit:
     """
     top = _git("rev-parse", "--show-toplevel")
     if top is None or Path(top).resolve() != _HERE.parent:
-        return Commit(id=None, dirty=None, package=_version())
+        return Commit(id=None, dirty=None, package=__version__)
     # Results and documents are written by runs: they do not make the code another one.
     changes = _git("status", "--porcelain", "--", "linearize", "recipes", "pyproject.toml", ":!recipes/results")
     dirty = None if changes is None else bool(changes)
-    return Commit(id=_git("rev-parse", "HEAD"), dirty=dirty, package=_version())
+    return Commit(id=_git("rev-parse", "HEAD"), dirty=dirty, package=__version__)
 
 
 def _git(*arguments: str) -> str | None:
@@ -75,13 +76,6 @@ def _git(*arguments: str) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
-
-
-def _version() -> str:
-    try:
-        return metadata.version("linearize")
-    except metadata.PackageNotFoundError:
-        return "0+unknown"
 
 
 def machine(device: Any = None) -> Machine:
@@ -126,7 +120,7 @@ def _memory() -> int | None:
 
 def versions() -> dict[str, str]:
     """python and the libraries that matter, where they are installed."""
-    found = {"python": platform.python_version(), "linearize": _version()}
+    found = {"python": platform.python_version(), "linearize": __version__}
     for name in LIBRARIES:
         try:
             found[name] = metadata.version(name)

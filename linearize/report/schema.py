@@ -358,9 +358,24 @@ File = TypeVar("File", Result, Report, Bench)
 
 
 # ------------------------------------------------------------------------------------------- building
-def stage(report: Any) -> Stage:
-    """A types.StageReport (or any dataclass or mapping with its fields) as a Stage."""
-    return Stage.model_validate(asdict(report) if is_dataclass(report) and not isinstance(report, type) else report)
+def stage(report: Any, points: int = 400) -> Stage:
+    """A types.StageReport (or any dataclass or mapping with its fields) as a Stage.
+
+    Series longer than `points` become means over equal stretches of steps, whose last steps stand in the series "step".
+    """
+    raw: dict[str, Any] = asdict(report) if is_dataclass(report) and not isinstance(report, type) else dict(report)
+    lengths = {len(values) for values in raw.get("series", {}).values()}
+    # Series of different lengths have no common steps: they are left as they came.
+    if len(lengths) == 1 and (length := lengths.pop()) > points:
+        ends = np.linspace(0, length, points + 1).round().astype(int)
+        thin = {key: _means(values, ends) for key, values in raw["series"].items()}
+        raw["series"] = {"step": ends[1:].astype(float).tolist(), **thin}
+    return Stage.model_validate(raw)
+
+
+def _means(values: list[float | None], ends: np.ndarray) -> list[float]:
+    array = np.array([math.nan if v is None else v for v in values], dtype=float)
+    return [float(array[a:b].mean()) for a, b in zip(ends, ends[1:], strict=False)]
 
 
 def average(rows: list[Row]) -> Row:
@@ -472,11 +487,14 @@ def read_results(folder: str | Path) -> list[tuple[str, Result]]:
 def problems(root: str | Path) -> list[str]:
     """What is wrong with the result files of a checkout, one line each: CI prints them."""
     found = []
-    kinds: tuple[tuple[str, Any], ...] = (("recipes/results", Result), ("benchmarks/results", Bench))
-    for folder, kind in kinds:
+    readers = (
+        ("recipes/results", lambda path: read(path, Result)),
+        ("benchmarks/results", lambda path: read(path, Bench)),
+    )
+    for folder, reader in readers:
         for path in sorted((Path(root) / folder).rglob("*.json")):
             try:
-                read(path, kind)
+                reader(path)
             except (InputError, StorageError) as error:
                 found.append(str(error))
     return found

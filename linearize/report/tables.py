@@ -103,7 +103,8 @@ def seconds(value: float | None) -> str:
         return MISSING
     if value < 60:
         return f"{value:.1f} s"
-    return f"{value // 60:.0f} min {value % 60:02.0f} s" if value < 3600 else f"{value / 3600:.1f} h"
+    whole = round(value)
+    return f"{whole // 60} min {whole % 60:02d} s" if whole < 3600 else f"{value / 3600:.1f} h"
 
 
 # ------------------------------------------------------------------------------------------- the tables
