@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import random
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from linearize.data.text import Chat, Tokens, assemble, check_length, first_token, packed
+from linearize.progress import bar
 from linearize.storage import write_atomic
 from linearize.types import InputError, StorageError
 
@@ -72,7 +72,7 @@ def selfgen(
     store = _Store(folder, settings)
     writer = _Writer(model, tokenizer, settings, asked)
     shards: list[Tokens] = []
-    with _bar(tokens, progress) as advance:
+    with bar("the teacher writes its data", tokens, progress) as advance:
         while (have := sum(shard.tokens for shard in shards)) < tokens:
             shard = store.read(len(shards))
             if shard is None:
@@ -368,16 +368,3 @@ class _Store:
 
 def _hash(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
-
-
-@contextlib.contextmanager
-def _bar(total: int, progress: bool | None) -> Iterator[Any]:
-    if not (sys.stderr.isatty() if progress is None else progress):
-        yield lambda count: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("the teacher writes its data", total=total)
-        yield lambda count: bar.advance(task, count)
