@@ -22,8 +22,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from linearize.types import InputError, nearest
 
 _STRICT = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
-#: "all", "every:4", "keep:3,7" (all but these), or indices and ranges: "0,2,5-7".
-_LAYERS = re.compile(r"all|every:[1-9]\d*|(keep:)?\d+(-\d+)?(,\d+(-\d+)?)*")
+#: "auto" (where it pays), "all", "every:4", "keep:3,7" (all but these), or indices and ranges: "0,2,5-7".
+_LAYERS = re.compile(r"auto|all|every:[1-9]\d*|(keep:)?\d+(-\d+)?(,\d+(-\d+)?)*")
 
 
 class ModelPlan(BaseModel):
@@ -39,12 +39,12 @@ class ModelPlan(BaseModel):
 
 
 class MethodPlan(BaseModel):
-    """name: a file of linearize/mixers. mixer: that method's own settings. target_length: the length, in tokens, at
-    which a layer's state must be smaller than the teacher's cache for the layer to be converted by default."""
+    """name: a file of linearize/mixers. mixer: that method's own settings. layers "auto": all whose state is smaller
+    than the teacher's cache at target_length tokens; whatever else is named is converted regardless."""
 
     model_config = _STRICT
     name: str = "hedgehog"
-    layers: str = "all"
+    layers: str = "auto"
     target_length: int = Field(default=8192, gt=0)
     mixer: dict[str, Any] = {}
 
@@ -60,7 +60,8 @@ class MethodPlan(BaseModel):
 
 
 class DataPlan(BaseModel):
-    """source: files, a folder or a hub data set; None or "self": the teacher writes it. length in tokens."""
+    """source: files, a folder or a hub data set; None or "self": the teacher writes it, at most `self_tokens` (repeated
+    where the stages want more), `self_batch` sequences at a time. length in tokens."""
 
     model_config = _STRICT
     source: str | None = None
@@ -69,6 +70,8 @@ class DataPlan(BaseModel):
     length: int = Field(default=256, gt=1)
     chat: bool = False
     completion_only: bool = False
+    self_tokens: int = Field(default=1_000_000, gt=0)
+    self_batch: int = Field(default=64, gt=0)
     valid: str | None = None
     valid_tokens: int = Field(default=16384, gt=0)
     allow_longer: bool = False
@@ -141,16 +144,19 @@ StagePlan = Annotated[TransferPlan | FinetunePlan, Field(discriminator="kind")]
 
 class EvalPlan(BaseModel):
     """source None: the data set's own held-out part. limit: documents. length: positions per document. window, sinks:
-    the zero-token window of the table. lengths: where state and KV bytes are compared."""
+    the zero-token window of the table. window_only: train a window-only student on the same tokens for the table.
+    lengths: where state and KV bytes are compared."""
 
     model_config = _STRICT
     source: str | None = None
+    split: str | None = None
     limit: int | None = Field(default=None, gt=0)
     length: int = Field(default=255, gt=1)
     batch: int = Field(default=8, gt=0)
     generate: int = Field(default=64, ge=0)
     window: int = Field(default=32, gt=0)
     sinks: int = Field(default=0, ge=0)
+    window_only: bool = False
     lengths: list[int] = [1024, 8192, 65536]
 
 
@@ -189,11 +195,11 @@ class Plan(BaseModel):
     def read(
         cls,
         source: str | Path | Mapping[str, Any] | None = None,
-        overrides: Mapping[str, Any] | Sequence[str] = (),
+        overrides: Mapping[str, Any] | Iterable[str | tuple[str, Any]] = (),
     ) -> Plan:
         """The plan of a recipe (name, path or mapping; None: the defaults alone), with overrides applied last.
 
-        overrides: {"stages.transfer.lr": 1e-3} or the command line's ["stages.transfer.lr=1e-3"].
+        overrides: {"stages.transfer.lr": 1e-3}, its items, or the command line's ["stages.transfer.lr=1e-3"].
         Raises InputError with one line for every unknown key or wrong value.
         """
         title, raw = _raw(source)
@@ -203,7 +209,8 @@ class Plan(BaseModel):
             raise InputError(_lines(title, errors))
         defaults = _load(folder() / "defaults.yaml")
         merged = merge(defaults, raw)
-        for path, value in overrides.items() if isinstance(overrides, Mapping) else map(parse_override, overrides):
+        for item in list(overrides.items()) if isinstance(overrides, Mapping) else overrides:
+            path, value = parse_override(item) if isinstance(item, str) else item
             _assign(merged, path, value)
         _known(cls, merged, (), errors)
         if errors:  # the recipe's own keys were fine
@@ -220,7 +227,8 @@ class Plan(BaseModel):
     def digest(self) -> str:
         """sha256 of everything that decides the weights: not of the output folder, nor of numbers quoted."""
         what = self.model_dump(mode="json", exclude={"output", "published", "measured"})
-        what["model"].pop("auto")
+        for key in ("auto", "form"):  # how the recipe was found; the weights have a digest of their own
+            del what["model"][key]
         what["method"]["mixer"] = self.mixer().model_dump(mode="json")
         text = json.dumps(what, sort_keys=True, separators=(",", ":"), allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()
@@ -263,7 +271,8 @@ class Plan(BaseModel):
             found.append(f"method: {error}")
         if not _LAYERS.fullmatch(self.method.layers):
             found.append(
-                f"method.layers: {self.method.layers!r} is no layer list: write all, 0-11, every:4, keep:3,7 or 0,2,5-7"
+                f"method.layers: {self.method.layers!r} is no layer list:"
+                " write auto, all, 0-11, every:4, keep:3,7 or 0,2,5-7"
             )
         form = self.model.form
         if form is not None and not isinstance(form.get("model_type"), str):
@@ -271,7 +280,9 @@ class Plan(BaseModel):
                 "model.form: needs model_type, the name transformers gives the architecture (llama, gpt2, ...)"
             )
         positions = (form or {}).get("max_position_embeddings") or (form or {}).get("n_positions")
-        if positions and self.data.length > positions and not self.data.allow_longer:
+        unbounded = getattr(settings, "rope", "keep") == "undo" and not getattr(settings, "window", 0)
+        unbounded = unbounded and self.method.layers in ("auto", "all")  # no position is ever looked up
+        if positions and self.data.length > positions and not (self.data.allow_longer or unbounded):
             found.append(
                 f"data.length: {self.data.length} is more than the model's {positions} positions:"
                 " shorten it, or pass --allow-longer"
@@ -301,8 +312,12 @@ class Plan(BaseModel):
         settings = ", ".join(f"{k} {v}" for k, v in self.method.mixer.items())
         lines = [
             f"model     {model}, {self.model.dtype}",
-            f"method    {self.method.name}{f' ({settings})' if settings else ''} on layers {self.method.layers}"
-            + f", where it pays at {self.method.target_length:,} tokens",
+            f"method    {self.method.name}{f' ({settings})' if settings else ''} on "
+            + (
+                f"every layer where it pays at {self.method.target_length:,} tokens"
+                if self.method.layers == "auto"
+                else f"layers {self.method.layers}"
+            ),
             f"data      {self.data.source or 'self (the teacher writes it)'}, sequences of {self.data.length}"
             + (", chat" if self.data.chat else "")
             + (", completions only" if self.data.completion_only else ""),
@@ -493,7 +508,7 @@ def _assign(raw: dict[str, Any], path: str, value: Any) -> None:
             stages[index] = value
             return
         node, keys = stages[index], keys[2:]
-    elif keys == ["method", "name"] and (raw.get("method") or {}).get("name") != value:
+    elif keys == ["method", "name"] and (raw.get("method") or {}).get("name") != str(value).replace("-", "_"):
         raw.setdefault("method", {}).pop("mixer", None)  # settings of the recipe's own method
     for key in keys[:-1]:
         if node.get(key) is None:

@@ -32,15 +32,15 @@ def storage_errors(target: str | Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = _reason(error)
-        if reason is None:
+        why = reason(error)
+        if why is None:
             raise
         from linearize.types import StorageError  # here: it needs torch, and reading a recipe should not
 
-        raise StorageError(f"cannot write {target}: {reason}; nothing was left behind there") from error
+        raise StorageError(f"cannot write {target}: {why}; nothing was left behind there") from error
 
 
-def _reason(error: Exception) -> str | None:
+def reason(error: Exception) -> str | None:
     """Why a write failed, with what to do; None if it is not a storage error."""
     number = error.errno if isinstance(error, OSError) else None
     # safetensors raises its own error class, with the system's number in the text.

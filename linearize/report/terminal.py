@@ -1,46 +1,127 @@
-"""What convert and report print: verdict, table, sample side by side, where things are."""
+"""Answers of the command line, for eyes. Their numbers are those of `as_dict`."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from linearize.report import tables
-from linearize.report.schema import Report
+from rich import box
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from linearize.report.tables import count, size
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
-COLOURS = {"good": "green", "weak": "yellow", "dead": "bold red", "failed": "bold red", "unknown": "dim"}
-#: Columns of text below which the quality table leaves the bytes to a table of their own.
-WIDE = 110
+    from linearize.api import Environment, Listing, Planned
 
 
-def show(report: Report, console: Console, folder: str | Path | None = None) -> None:
-    """Prints the report. folder: where the model was written."""
-    from rich.panel import Panel
-    from rich.table import Table
-    from rich.text import Text
+def _table(*columns: str, title: str | None = None) -> Table:
+    """Columns ending in ">" are set to the right."""
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    for column in columns:
+        table.add_column(column.rstrip(">"), justify="right" if column.endswith(">") else "left", overflow="fold")
+    return table
 
-    wide = console.width >= WIDE
-    console.print(tables.render(tables.quality_table(report, tables.LENGTHS if wide else ()), "rich"))
-    parts = tables.parts_table(report)
-    for table in (parts, None if wide else tables.state_table(report)):
-        if table is not None:
-            console.print(tables.render(table, "rich"))
-    for sample in report.sample[:1]:
-        pair = Table.grid(expand=True, padding=(0, 1))
-        pair.add_column(ratio=1)
-        pair.add_column(ratio=1)
-        pair.add_row(*(
-            Panel(Text.assemble((sample.prompt, "dim"), text), title=name, title_align="left", border_style="dim")
-            for name, text in (("teacher", sample.teacher), ("student", sample.student))
-        ))  # fmt: skip
-        console.print(pair)
-    verdict = report.verdict
-    console.print(Text(f"{verdict.headline}.", style=COLOURS[verdict.level]))
-    for line in verdict.lines:
-        console.print(Text(f"  {line}"))
-    if folder is not None:
-        console.print(Text.assemble(("model   ", "dim"), str(folder)), soft_wrap=True)
-        console.print(Text.assemble(("report  ", "dim"), str(Path(folder) / "report.html")), soft_wrap=True)
+
+def _numbers(values: tuple[int | None, ...]) -> str:
+    """0-3, 6, 8-9"""
+    known = sorted(v for v in values if v is not None)
+    if len(known) < len(values):
+        return f"{len(values)} layers"
+    spans: list[list[int]] = []
+    for value in known:
+        if spans and spans[-1][1] == value - 1:
+            spans[-1][1] = value
+        else:
+            spans.append([value, value])
+    return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in spans)
+
+
+def _from(tokens: int | None) -> str:
+    return "never" if tokens is None else f"{tokens:,}"
+
+
+def planned(answer: Planned) -> RenderableType:
+    """The plan in words, the layers, what a sequence keeps and costs, and what is left alone."""
+    forecast, plan = answer.forecast, answer.plan
+    sites = _table(
+        "layers", "heads>", "kv>", "key x value", "new parameters>", "state>", "smaller from>", "cheaper from>",
+        "drops",
+        title=f"{forecast.method} in {sum(len(g.sites) for g in forecast.groups)} layers of a {forecast.model_type}"
+        f" model of {count(forecast.base_parameters)} parameters",
+    )  # fmt: skip
+    for group in forecast.groups:
+        shape = group.shape
+        sites.add_row(
+            _numbers(group.layers),
+            str(shape["heads"]),
+            str(shape["kv_heads"]),
+            f"{shape['key_dim']} x {shape['value_dim']}",
+            f"{group.parameters:,}",
+            size(group.state_bytes),
+            _from(group.break_even_memory),
+            _from(group.break_even_flops),
+            "; ".join(group.drops) or "nothing",
+        )
+    lengths = _table(
+        "tokens>", "teacher keeps>", "student keeps>", "teacher's attention FLOPs>", "student's>",
+        title="One sequence, all layers",
+    )  # fmt: skip
+    for row in forecast.lengths:
+        lengths.add_row(
+            f"{row.tokens:,}",
+            size(row.kv_bytes),
+            size(row.state_bytes),
+            f"{row.teacher_flops:.3g}",
+            f"{row.student_flops:.3g}",
+        )
+    share = forecast.new_parameters / forecast.base_parameters if forecast.base_parameters else 0.0
+    lines = [
+        f"new parameters    {forecast.new_parameters:,} ({share:.2%} of the model)",
+        f"memory breaks even at {_from(forecast.break_even_memory)} tokens, attention FLOPs at"
+        f" {_from(forecast.break_even_flops)} (float32 state against a bf16 cache)",
+    ]
+    if forecast.left:
+        reasons: dict[str, list[str]] = {}
+        for name, why in forecast.left.items():
+            reasons.setdefault(why, []).append(name)
+        lines += [f"left alone        {_shortened(names)}: {why}" for why, names in reasons.items()]
+    if forecast.kept:
+        lines.append(f"kept softmax      {_shortened(forecast.kept)}")
+    lines += [f"note              {note}" for note in answer.resolved.notes]
+    head = Text(f"recipe    {answer.resolved.recipe or 'defaults'}\n{plan.explain()}\n")
+    return Group(head, sites, lengths, Text("\n".join(lines)))
+
+
+def _shortened(names: list[str]) -> str:
+    return ", ".join(names) if len(names) <= 4 else f"{names[0]} ... {names[-1]} ({len(names)})"
+
+
+def listed(answer: Listing) -> RenderableType:
+    """A column for each key."""
+    if not answer.rows:
+        return Text(f"no {answer.kind} here")
+    table = _table(*answer.rows[0])
+    for row in answer.rows:
+        table.add_row(*(escape(_words(key, value)) for key, value in row.items()))
+    return table
+
+
+def _words(key: str, value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {v}" for k, v in value.items()) or "-"
+    if isinstance(value, list):
+        return ", ".join(value) or "-"
+    if isinstance(value, int):
+        return size(value) if key == "bytes" else f"{value:,}"
+    return str(value) if value not in (None, "") else "-"
+
+
+def surroundings(answer: Environment) -> RenderableType:
+    """Two columns."""
+    table = _table("what", "value")
+    for part in (answer.versions, answer.machine, answer.commit):
+        for key, value in part.items():
+            table.add_row(key, escape(size(float(value)) if key == "memory" and value else str(value)))
+    return table
