@@ -74,6 +74,7 @@ def example(**changes: object) -> Report:
             row(
                 "student", 1.56, kl=0.08, top1=0.9, copy_nll=0.79, gap_closed=0.63, marginal=0.12,
                 residual_error=[0.1, 0.15, 0.2, 0.24, 0.3], by_position=by_position(1.56, 0.05), parts=parts,
+                buckets={"1-15": 12.1, "16-31": 7.4}, intervals={"marginal": (0.1, 0.14)}, documents=120, tokens=30_000,
             ),
             row(
                 "zero-token window", 1.73, kl=0.25, top1=0.84, copy_nll=1.08, by_position=by_position(1.66, 0.3),

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from report_example import example, row
 
-from linearize.report import card, html, plots, provenance, readme, schema, summary, tables, verdict
+from linearize.report import card, files, html, plots, provenance, readme, schema, summary, tables, verdict
 from linearize.report.schema import Bench, Picture, Report, Result, Row
 from linearize.types import GateError, InputError, StageReport, StorageError
 
@@ -224,10 +224,34 @@ def test_verdict(nll: dict[str, float], gate: dict[str, object] | None, level: s
         verdict.enforce(found)
 
 
+def test_a_gain_that_may_be_chance_is_nothing() -> None:
+    measured = rows(teacher=1.0, student=1.05, linear_off=1.09)
+    measured[1].intervals = {"marginal": (-0.01, 0.09)}
+    assert verdict.judge(measured).level == "dead"
+    measured[1].intervals = {"marginal": (0.01, 0.07)}
+    assert verdict.judge(measured).level == "good"
+
+
 def test_a_branch_that_helps_only_copies_is_alive() -> None:
     measured = rows(teacher=1.0, student=1.05, linear_off=1.055)
     measured[1].copy_nll, measured[2].copy_nll = 0.5, 0.6
     assert verdict.judge(measured).level == "good"
+
+
+def test_over_seeds(report: Report) -> None:
+    other = example(
+        seeds=[1],
+        rows=[row("teacher", 1.5), row("student", 1.6)],
+        sample=[{"prompt": "b", "teacher": "", "student": ""}],
+    )
+    both = verdict.over_seeds([report.result(), other.result()])
+    assert both.seeds == [0, 1]
+    assert [r.name for r in both.rows] == ["teacher", "student"], "rows that all seeds have"
+    assert both.row("student").spread["nll"] == pytest.approx(0.0282843)  # type: ignore[union-attr]
+    assert both.verdict.headline == "1.08 times the teacher's perplexity"
+    assert both.trained_tokens == 1_500_000, "of one run"
+    with pytest.raises(InputError, match="seed 0"):
+        verdict.over_seeds([report.result(), report.result()])
 
 
 # ------------------------------------------------------------------------------------------------------------- tables
@@ -294,7 +318,7 @@ def test_summary(report: Report, width: int) -> None:
     from rich.console import Console
 
     out = io.StringIO()
-    summary.show(report, Console(file=out, width=width), "out/example")
+    Console(file=out, width=width).print(summary.summary(report, "out/example"))
     text = out.getvalue()
     assert max(len(line) for line in text.splitlines()) <= width
     for words in ("after LoRA", "zero-token window", "432 MiB", "982 KiB", report.verdict.headline, "report.html"):
@@ -385,8 +409,10 @@ def test_page_is_self_contained(
     assert report.verdict.headline in page.replace("&#x27;", "'")
 
 
-def test_card(report: Report, tmp_path: Path) -> None:
-    card.write_card(report, tmp_path)
+def test_card(report: Report, drawn: list[plots.Drawing], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plots, "drawings", lambda _: drawn)
+    files.write_all(report, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "report.html", "report.json"]
     card.check_card(tmp_path / "README.md")
     from huggingface_hub import ModelCard
 
@@ -406,8 +432,9 @@ def test_card_of_an_adapter_on_a_hub_model(tmp_path: Path) -> None:
     made = example(
         model={"id": "owner/name", "source": "hub"},
         sample=[{"prompt": "```", "teacher": "````\n# no heading", "student": ""}],
+        plan={"output": {"adapter_only": True}},
     )
-    text = str(card.card(made, adapter=True))
+    text = str(card.card(made))
     assert "base_model: owner/name" in text
     assert 'linearize.load("owner/name", adapter=' in text
     assert "`````\n```" in text, "a sample cannot close its block"

@@ -22,14 +22,16 @@ LIMITS = (
 )
 
 
-def write_card(report: Report, folder: str | Path, *, adapter: bool = False) -> None:
-    """Writes README.md into `folder`. adapter: the folder holds an adapter, not a whole model. Raises StorageError."""
-    write_atomic(Path(folder) / "README.md", str(card(report, adapter=adapter)))
+def write_card(report: Report, folder: str | Path) -> None:
+    """Writes README.md into `folder`. Raises StorageError."""
+    write_atomic(Path(folder) / "README.md", str(card(report)))
 
 
-def card(report: Report, *, adapter: bool = False) -> Any:
-    """The huggingface_hub.ModelCard of a report."""
+def card(report: Report) -> Any:
+    """The huggingface_hub.ModelCard of a report; that of an adapter where the plan's output is one."""
     from huggingface_hub import ModelCard, ModelCardData
+
+    adapter = bool((report.plan.get("output") or {}).get("adapter_only"))
 
     name = f"{report.model.id.rpartition('/')[2]}-{report.method}"
     results = _eval_results(report)

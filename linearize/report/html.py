@@ -119,7 +119,8 @@ def _verdict(report: Report) -> str:
 
 
 def _tables(report: Report) -> str:
-    shown = [tables.quality_table(report), tables.parts_table(report), tables.state_table(report)]
+    shown = [tables.quality_table(report), tables.parts_table(report), tables.buckets_table(report)]
+    shown.append(tables.state_table(report))
     if report.stages:
         shown.append(tables.stages_table(report))
     return "".join(tables.render(table, "html") for table in shown if table is not None and table.rows)

@@ -53,11 +53,11 @@ class Drawing:
 def drawings(report: Report) -> list[Drawing]:
     """Every picture that this report has the numbers for, in reading order."""
     out = []
-    converted = [site.layer for site in report.sites if site.converted]
+    converted = [site.layer for site in report.sites if site.converted and site.layer is not None]
     for stage in report.stages:
         for template, losses in per_layer(stage).items():
             # Stages number the converted layers; where some were left alone that is not the layer's number.
-            if all(layer is not None for layer in converted) and sorted(losses) == list(range(len(converted))):
+            if sorted(losses) == list(range(len(converted))):
                 losses = {converted[i]: values for i, values in losses.items()}
             what = "" if template in ("layer.#", "#") else f" ({template.replace('#', 'n')})"
             out.append(

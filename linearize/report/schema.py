@@ -13,7 +13,8 @@ from __future__ import annotations
 import base64
 import json
 import math
-from dataclasses import asdict, is_dataclass
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
@@ -105,18 +106,21 @@ class Model(Strict):
 
 
 class Row(Strict):
-    """One model measured on one text.
+    """One model measured on one text: evaluate.quality.Row, and what several of them make.
 
-    name: see tables.LABELS. perplexity = exp(nll). kl: KL(teacher || this), nats per token. top1: share of positions
-    where both rank the same token first. copy_nll: nats on copy-from-beyond tokens, copy_share: their share of all.
-    gap_closed: share of the window-to-teacher gap closed on them. marginal: nats lost with the linear branch off.
+    name: see tables.LABELS. perplexity = exp(nll), ratio: to the teacher's. kl: KL(teacher || this), nats per token.
+    top1: share of positions where both rank the same token first. copy_nll: nats on copy-from-beyond tokens,
+    copy_share: their share of all; gap_closed: share of the window-to-teacher gap closed on them. marginal,
+    marginal_copy: nats lost with the linear branch off, on all and on those tokens; marginal_share: of that gap.
     residual_error: relative error of the residual stream by depth. by_position: nats at positions 1, 2, ...
+    buckets: perplexity by range of positions. intervals: 95 % (low, high), by metric.
     cache_bytes: what one sequence keeps after so many tokens. spread: standard deviation over seeds, by metric.
-    parts: the same metrics on named parts of the text.
+    parts: metrics on named parts of the text.
     """
 
     METRICS: ClassVar[tuple[str, ...]] = (
-        "perplexity", "nll", "kl", "top1", "copy_nll", "copy_share", "gap_closed", "marginal",
+        "perplexity", "nll", "kl", "top1", "ratio", "copy_nll", "copy_share", "gap_closed", "marginal",
+        "marginal_copy", "marginal_share",
     )  # fmt: skip
 
     name: str
@@ -124,13 +128,19 @@ class Row(Strict):
     nll: Number = None
     kl: Number = None
     top1: Number = None
+    ratio: Number = None
     copy_nll: Number = None
     copy_share: Number = None
     gap_closed: Number = None
     marginal: Number = None
+    marginal_copy: Number = None
+    marginal_share: Number = None
+    documents: int | None = None
     tokens: int | None = None
     residual_error: list[Number] | None = None
     by_position: list[Number] | None = None
+    buckets: dict[str, Number] = {}
+    intervals: dict[str, tuple[Number, Number]] = {}
     cache_bytes: dict[int, int] | None = None
     spread: dict[str, Number] = {}
     parts: dict[str, dict[str, Number]] = {}
@@ -363,7 +373,7 @@ def stage(report: Any, points: int = 400) -> Stage:
 
     Series longer than `points` become means over equal stretches of steps, whose last steps stand in the series "step".
     """
-    raw: dict[str, Any] = asdict(report) if is_dataclass(report) and not isinstance(report, type) else dict(report)
+    raw: dict[str, Any] = dict(report) if isinstance(report, Mapping) else asdict(report)
     lengths = {len(values) for values in raw.get("series", {}).values()}
     # Series of different lengths have no common steps: they are left as they came.
     if len(lengths) == 1 and (length := lengths.pop()) > points:
@@ -382,7 +392,7 @@ def average(rows: list[Row]) -> Row:
     """One row of several seeds' rows: means, standard deviations in `spread`. A metric missing in one is missing."""
     if len(rows) == 1:
         return rows[0]
-    mean: dict[str, Any] = {"name": rows[0].name, "tokens": rows[0].tokens, "cache_bytes": rows[0].cache_bytes}
+    mean: dict[str, Any] = {key: getattr(rows[0], key) for key in ("name", "documents", "tokens", "cache_bytes")}
     spread: dict[str, Number] = {}
     for metric in Row.METRICS:
         values = [value for row in rows if (value := getattr(row, metric)) is not None]

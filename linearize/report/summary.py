@@ -1,46 +1,57 @@
-"""What convert, eval and report print: verdict, table, sample side by side, where things are."""
+"""What convert, eval and report print: the table, a sample side by side, the verdict, where things are."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
 
 from linearize.report import tables
-from linearize.report.schema import Report
-
-if TYPE_CHECKING:
-    from rich.console import Console
+from linearize.report.schema import Report, Sample
 
 COLOURS = {"good": "green", "weak": "yellow", "dead": "bold red", "failed": "bold red", "unknown": "dim"}
-#: Columns of text below which the quality table leaves the bytes to a table of their own.
+#: Columns of text below which the bytes get a table of their own.
 WIDE = 110
 
 
-def show(report: Report, console: Console, folder: str | Path | None = None) -> None:
-    """Prints the report. folder: where the model was written."""
-    from rich.panel import Panel
-    from rich.table import Table
-    from rich.text import Text
+def summary(report: Report, folder: str | Path | None = None) -> RenderableType:
+    """The report for a terminal of any width. folder: where the model was written."""
+    return _Summary(report, folder)
 
-    wide = console.width >= WIDE
-    console.print(tables.render(tables.quality_table(report, tables.LENGTHS if wide else ()), "rich"))
-    parts = tables.parts_table(report)
-    for table in (parts, None if wide else tables.state_table(report)):
-        if table is not None:
-            console.print(tables.render(table, "rich"))
-    for sample in report.sample[:1]:
-        pair = Table.grid(expand=True, padding=(0, 1))
-        pair.add_column(ratio=1)
-        pair.add_column(ratio=1)
-        pair.add_row(*(
-            Panel(Text.assemble((sample.prompt, "dim"), text), title=name, title_align="left", border_style="dim")
-            for name, text in (("teacher", sample.teacher), ("student", sample.student))
-        ))  # fmt: skip
-        console.print(pair)
-    verdict = report.verdict
-    console.print(Text(f"{verdict.headline}.", style=COLOURS[verdict.level]))
-    for line in verdict.lines:
-        console.print(Text(f"  {line}"))
-    if folder is not None:
-        console.print(Text.assemble(("model   ", "dim"), str(folder)), soft_wrap=True)
-        console.print(Text.assemble(("report  ", "dim"), str(Path(folder) / "report.html")), soft_wrap=True)
+
+@dataclass(frozen=True)
+class _Summary:
+    report: Report
+    folder: str | Path | None
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        report, wide = self.report, options.max_width >= WIDE
+        yield tables.render(tables.quality_table(report, tables.LENGTHS if wide else ()), "rich")
+        for table in (tables.parts_table(report), None if wide else tables.state_table(report)):
+            if table is not None and table.rows:
+                yield tables.render(table, "rich")
+        for sample in report.sample[:1]:
+            yield _pair(sample)
+        yield Text(f"{report.verdict.headline}.", style=COLOURS[report.verdict.level])
+        for line in report.verdict.lines:
+            yield Text(f"  {line}")
+        if self.folder is not None:
+            # Not wrapped: paths are there to be copied.
+            for word, path in (("model", Path(self.folder)), ("report", Path(self.folder) / "report.html")):
+                yield Text.assemble((f"{word:8}", "dim"), str(path), overflow="ignore", no_wrap=True)
+
+
+def _pair(sample: Sample) -> Table:
+    pair = Table.grid(expand=True, padding=(0, 1))
+    pair.add_column(ratio=1)
+    pair.add_column(ratio=1)
+    pair.add_row(*(
+        Panel(Text.assemble((sample.prompt, "dim"), text), title=name, title_align="left", border_style="dim")
+        for name, text in (("teacher", sample.teacher), ("student", sample.student))
+    ))  # fmt: skip
+    return pair

@@ -144,11 +144,10 @@ def quality_table(run: Run, lengths: Sequence[int] = LENGTHS) -> Table:
     cells: list[list[Cell]] = []
     rows = ordered(run.rows)
     for row in rows:
-        ratio = row.perplexity / teacher.perplexity if teacher and teacher.perplexity and row.perplexity else None
         cells.append([
             label(run, row.name),
             number(row.perplexity, 2, row.spread.get("perplexity")),
-            times(ratio) if row.name != "teacher" else MISSING,
+            times(_ratio(row, teacher)) if row.name != "teacher" else MISSING,
             number(row.kl, 3, row.spread.get("kl")),
             percent(row.top1),
             number(row.copy_nll, 3, row.spread.get("copy_nll")),
@@ -176,15 +175,29 @@ def quality_table(run: Run, lengths: Sequence[int] = LENGTHS) -> Table:
 
 def parts_table(run: Run) -> Table | None:
     """Perplexity on the named parts of the text, one column each; None where there are no parts."""
-    names = list(dict.fromkeys(part for row in run.rows for part in row.parts))
+    return _by_part(
+        "Perplexity by part of the text",
+        run,
+        lambda row: {part: found["perplexity"] for part, found in row.parts.items() if "perplexity" in found},
+    )
+
+
+def buckets_table(run: Run) -> Table | None:
+    """Perplexity by range of positions; None where it was not measured."""
+    return _by_part("Perplexity by position", run, lambda row: row.buckets)
+
+
+def _by_part(title: str, run: Run, parts: Callable[[Row], dict[str, float | None]]) -> Table | None:
+    found = {row.name: parts(row) for row in run.rows}
+    names = list(dict.fromkeys(part for values in found.values() for part in values))
     if not names:
         return None
     cells: list[list[Cell]] = [
-        [label(run, row.name), *(number(row.parts.get(part, {}).get("perplexity")) for part in names)]
+        [label(run, row.name), *(number(found[row.name].get(part)) for part in names)]
         for row in ordered(run.rows)
-        if row.parts
+        if found[row.name]
     ]
-    return Table("Perplexity by part of the text", ["", *names], cells)
+    return Table(title, ["", *names], cells)
 
 
 def state_table(run: Run) -> Table:
@@ -222,7 +235,6 @@ def results_table(results: Sequence[tuple[str, Result]], link: Callable[[str], s
         student, teacher = run.row("student"), run.row("teacher")
         longest = max(run.state, default=None)
         saved = run.state[longest] if longest else None
-        ratio = student.perplexity / teacher.perplexity if _have(student) and _have(teacher) else None  # type: ignore
         spread = student.spread.get("perplexity") if student else None
         windows = [ppl.get(name) for name in ("zero-token window", "window-only student")]
         cells.append([
@@ -231,7 +243,7 @@ def results_table(results: Sequence[tuple[str, Result]], link: Callable[[str], s
             number(ppl.get("teacher")),
             number(ppl.get("swapped")),
             number(ppl.get("student"), 2, spread),
-            times(ratio),
+            times(_ratio(student, teacher)),
             " / ".join(number(value) for value in windows) if any(v is not None for v in windows) else MISSING,
             number(student.kl if student else None, 3),
             percent(student.gap_closed if student else None, 0),
@@ -246,8 +258,11 @@ def results_table(results: Sequence[tuple[str, Result]], link: Callable[[str], s
     return Table("", columns, cells)
 
 
-def _have(row: Row | None) -> bool:
-    return row is not None and bool(row.perplexity)
+def _ratio(row: Row | None, teacher: Row | None) -> float | None:
+    """Of perplexities: the row's own figure (a mean over seeds), else from the two rows."""
+    if row is None or row.ratio is not None or row.perplexity is None:
+        return None if row is None else row.ratio
+    return row.perplexity / teacher.perplexity if teacher is not None and teacher.perplexity else None
 
 
 def bench_table(bench: Bench) -> Table:

@@ -10,10 +10,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from linearize.report.schema import Gate, Row, Verdict
-from linearize.types import GateError
+from linearize.report.schema import Gate, Result, Row, Verdict, average
+from linearize.types import GateError, InputError
 
-#: Nats per token below which a linear branch is said to do nothing.
+#: Nats per token below which a linear branch is said to do nothing; twice that on copy-from-beyond tokens.
 LINEAR_GAIN = 0.01
 
 
@@ -49,12 +49,15 @@ def judge(rows: Sequence[Row], gate: Mapping[str, Any] | None = None) -> Verdict
 
     gate: the recipe's; `linear_gain` (True, or the nats wanted) and `perplexity_ratio` (the most allowed). A gate whose
     number was not measured is missed. Looks at the rows teacher, student, linear_off, zero-token window and window-only
-    student; a missing one is not judged.
+    student; a missing one is not judged. The linear branch is dead where its gain, on all tokens and on
+    copy-from-beyond tokens, is below LINEAR_GAIN or not distinguishable from 0.
     """
     teacher, student = find(rows, "teacher"), find(rows, "student")
     ratio, gain = _ratio(student, teacher), linear_gain(rows)
     copy_gain = _gap(student, find(rows, "linear_off"), "copy_nll")
-    dead = gain is not None and gain < LINEAR_GAIN and (copy_gain is None or copy_gain < 2 * LINEAR_GAIN)
+    dead = _nothing(student, "marginal", gain, LINEAR_GAIN) and (
+        copy_gain is None or _nothing(student, "marginal_copy", copy_gain, 2 * LINEAR_GAIN)
+    )
 
     lines, beaten = [], []
     if gain is not None and not dead:
@@ -93,6 +96,12 @@ def judge(rows: Sequence[Row], gate: Mapping[str, Any] | None = None) -> Verdict
     return Verdict(level=level, headline=headline, lines=lines, gates=gates)
 
 
+def _nothing(student: Row | None, metric: str, gain: float | None, least: float) -> bool:
+    """Whether a gain is too small to speak of, or its 95 % interval reaches 0. False where it was not measured."""
+    low = student.intervals.get(metric, (None, None))[0] if student is not None else None
+    return gain is not None and (gain < least or (low is not None and low <= 0))
+
+
 def _gates(gate: Mapping[str, Any], ratio: float | None, gain: float | None) -> list[Gate]:
     gates = []
     if (most := gate.get("perplexity_ratio")) is not None:
@@ -118,3 +127,17 @@ def enforce(verdict: Verdict) -> None:
         raise GateError(
             f"quality gate missed: {'; '.join(missed)}. Train on more tokens, or relax `gate` in the recipe"
         )
+
+
+def over_seeds(results: Sequence[Result], gate: Mapping[str, Any] | None = None) -> Result:
+    """One result of several runs that differ in their seed: rows averaged and judged anew, all else the first run's.
+
+    Rows that some run lacks are left out. Raises InputError where a seed occurs twice.
+    """
+    first, seeds = results[0], [seed for result in results for seed in result.seeds]
+    for seed in set(seeds):
+        if seeds.count(seed) > 1:
+            raise InputError(f"seed {seed} of {first.recipe} occurs twice: average each run once")
+    named = [{row.name: row for row in result.rows} for result in results]
+    rows = [average([rows[name] for rows in named]) for name in named[0] if all(name in rows for rows in named)]
+    return first.model_copy(update={"seeds": seeds, "rows": rows, "verdict": judge(rows, gate)})
