@@ -190,7 +190,5 @@ def build(name: str, shape: SiteShape, settings: MixerConfig | dict[str, Any] | 
     cls = get(name)
     kind = "causal" if shape.causal else "bidirectional"
     if kind not in cls.kinds:
-        raise Unsupported(
-            f"method {name!r} replaces {' or '.join(sorted(cls.kinds))} attention; this layer is {kind}"
-        )
+        raise Unsupported(f"method {name!r} replaces {' or '.join(sorted(cls.kinds))} attention; this layer is {kind}")
     return cls(shape, configure(name, settings))

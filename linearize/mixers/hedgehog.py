@@ -20,7 +20,7 @@ from torch import Tensor
 from linearize.mixers.base import RecurrentMixer
 from linearize.mixers.parts import Combination, FeatureMap, FeatureMapName, Local, LocalBranch, LocalConfig, local_mask
 from linearize.ops.linear import linear
-from linearize.types import Context, Cost, SiteShape, State, StateSpec
+from linearize.types import Context, Cost, InputError, SiteShape, State, StateSpec
 
 
 class Branches(NamedTuple):
@@ -54,9 +54,10 @@ class Hedgehog(RecurrentMixer):
         c, H, G, K = config, shape.heads, shape.kv_heads, shape.key_dim
         self.key_heads = H if c.share == "query" else G
         if c.tie and self.key_heads != H:
-            raise ValueError("tie: true needs share: query (one map cannot serve H query and G key heads)")
+            raise InputError("hedgehog: tie: true needs share: query (one map cannot serve H query and G key heads)")
         self.map_q = FeatureMap(c.feature_map, H, K, c.features)
-        self.map_k = self.map_q if c.tie else FeatureMap(c.feature_map, self.key_heads, K, c.features)
+        # A tied map is registered once: safetensors refuses one tensor under two names.
+        self.map_k = None if c.tie else FeatureMap(c.feature_map, self.key_heads, K, c.features)
         self.local = LocalBranch(c, G, K, shape.value_dim) if c.window or c.sinks else None
         self.combine = Combination(c.combine, H, self.map_q.columns) if self.local else None
         self.branches = ("window_off", "linear_off") if self.local else ()
@@ -109,7 +110,7 @@ class Hedgehog(RecurrentMixer):
     def _map_keys(self, k_BGTK: Tensor) -> Tensor:
         if self.key_heads != k_BGTK.shape[1]:
             k_BGTK = k_BGTK.repeat_interleave(self.shape.group, 1)
-        return self.map_k(k_BGTK)
+        return (self.map_k or self.map_q)(k_BGTK)
 
     @property
     def needs_rotary(self) -> bool:
@@ -173,7 +174,8 @@ class Hedgehog(RecurrentMixer):
         if self.local:
             specs += self.local.state_spec()
             if self.needs_rotary:
-                specs.append(StateSpec("kept_raw_keys", (-1, s.kv_heads, self.config.window, s.key_dim), torch.bfloat16, 1))
+                shape = (-1, s.kv_heads, self.config.window, s.key_dim)
+                specs.append(StateSpec("kept_raw_keys", shape, torch.bfloat16, 1))
         return specs
 
     def cost(self, tokens: int) -> Cost:

@@ -232,7 +232,7 @@ def local_mask(ctx: Context, like_BHTK: Tensor, window_width: int, sinks: int) -
     distance = column[:, None] - column
     rank = torch.zeros_like(codes)
     for t in range(T):
-        rank[:, t] = ((codes[:, :t] == codes[:, t : t + 1])).sum(1)
+        rank[:, t] = (codes[:, :t] == codes[:, t : t + 1]).sum(1)
     sink = (rank < sinks)[:, None]
     return visible, visible & ((distance < window_width) | sink)
 
@@ -264,11 +264,14 @@ class Combination(nn.Module):
         length = (q_BHTK.to(dtype) * scale).norm(dim=-1)
         return log_z + self.offset_H.to(dtype)[:, None] + self.slope_H.to(dtype)[:, None] * length
 
-    def shares(self, lse: Tensor, top: Tensor, normaliser: Tensor, q_BHTK: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    def shares(
+        self, lse: Tensor, top: Tensor, normaliser: Tensor, q_BHTK: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor]:
         """(local mass, far mass) on a common scale, [B, H, T] each: the output is their weighted mean."""
         if self.rule == "lolcats":
             gamma = self.gate_H.to(lse.dtype).sigmoid()[:, None]
-            return torch.where(lse > -torch.inf, gamma * (lse - top).exp(), 0.0), normaliser
+            empty = lse == -torch.inf  # nothing visible: -inf - -inf, and a where() would let its NaN into the gradient
+            return gamma * (lse - top).masked_fill(empty, -torch.inf).exp(), normaliser
         far = self.far_log_mass(normaliser, q_BHTK, scale)
         peak = torch.maximum(lse, far)
         peak = peak.masked_fill(peak == -torch.inf, 0)

@@ -46,6 +46,7 @@ def linear(
     """
     dtype = compute_dtype(q_BHTF, k_BHTF, v_BGTV)
     q, k, v = q_BHTF.to(dtype), k_BHTF.to(dtype), v_BGTV.to(dtype)
+    state = None if state is None else state.to(dtype)
     B, H, T, F = q.shape
     J = k.shape[1]
     if J != H:  # fold the group into time-independent rows: each key head answers H / J query heads

@@ -22,10 +22,9 @@ def linear_torch(
     v_BHTV1 = torch.cat([v_BHTV, v_BHTV.new_ones(B, v_BHTV.shape[1], T, 1)], -1)
     if v_BHTV1.shape[1] != H:  # one value head serves a group of feature heads
         v_BHTV1 = v_BHTV1.repeat_interleave(H // v_BHTV1.shape[1], 1)
-    if T == 1:
-        if segments_BT is None:  # with one token there is nothing to separate
-            state = state + k_BHTF.mT * v_BHTV1
-            return q_BHTF @ state, state
+    if T == 1 and segments_BT is None:
+        state = state + k_BHTF.mT * v_BHTV1
+        return q_BHTF @ state, state
     outs = []
     last_B1 = None if segments_BT is None else segments_BT[:, :1]
     for start in range(0, T, chunk):

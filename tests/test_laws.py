@@ -1,0 +1,176 @@
+"""The whole table: every mixer, several settings each, every law that applies."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from linearize.mixers import base as mixers
+from linearize.mixers.parts import _MAPS
+from linearize.testing.laws import SHAPE, Case, call, draw, laws
+from linearize.testing.tolerance import check_rounded, close
+from linearize.types import InputError, SiteShape, Unsupported
+
+pytestmark = pytest.mark.usefixtures("poison")
+
+#: settings beyond the defaults, by method; a method without a row is tried with its defaults
+SETTINGS = {
+    "hedgehog": [
+        *({"feature_map": name} for name in _MAPS),
+        {"features": 5},
+        {"share": "kv"},
+        {"tie": True},
+        {"rope": "undo"},
+        {"window": 4},
+        {"sinks": 3},
+        {"window": 4, "sinks": 2},
+        {"window": 4, "sinks": 2, "combine": "lolcats"},
+        {"window": 9, "combine": "lolcats", "feature_map": "exp"},
+        {"window": 4, "sinks": 2, "rope": "undo", "share": "kv"},
+        {"window": 1, "feature_map": "t2r"},
+    ],
+    "window": [{"window": 5, "sinks": 0}, {"window": 1, "sinks": 3}],
+}
+CASES = [Case(name, settings) for name in mixers.names() for settings in [{}, *SETTINGS.get(name, [])]]
+
+
+@pytest.mark.parametrize(
+    "case, law", [pytest.param(c, law, id=f"{c}-{law.__name__}") for c in CASES for law in laws(c.method)]
+)
+def test_law(case, law):
+    law(case)
+
+
+def test_fresh_memory_is_poisoned():
+    assert torch.empty(3).isnan().all()
+
+
+def test_settings_name_only_methods():
+    assert set(SETTINGS) <= set(mixers.names())
+
+
+# ------------------------------------------------------------------------------------- published limits, identities
+@pytest.mark.parametrize(
+    "method, settings",
+    [
+        ("window", {"window": 40, "sinks": 0}),
+        ("window", {"window": 8, "sinks": 40}),
+        ("hedgehog", {"window": 40}),
+        ("hedgehog", {"window": 40, "combine": "lolcats"}),
+        ("hedgehog", {"window": 8, "sinks": 40}),
+    ],
+)
+def test_a_window_that_sees_everything_is_softmax(method, settings):
+    case, inputs = Case(method, settings), draw(SHAPE, 40)
+    close(call(case.mixer(), inputs), call(Case("softmax").mixer(), inputs), 1e-9)
+
+
+def test_none_is_a_window_of_one():
+    inputs = draw(SHAPE, 20)
+    close(call(Case("none").mixer(), inputs), call(Case("window", {"window": 1, "sinks": 0}).mixer(), inputs), 1e-12)
+
+
+def test_tied_maps_are_one_map():
+    mixer = mixers.build("hedgehog", SHAPE, {"tie": True})
+    assert len(list(mixer.parameters())) == 1
+
+
+def test_sinks_are_kept_out_of_the_state():
+    """With the sinks' values moved, only softmax over them may change: the sums do not hold them."""
+    case, inputs = Case("hedgehog", {"window": 4, "sinks": 3}), draw(SHAPE, 30)
+    mixer = case.recurrent()
+    empty = mixer.empty_state(2, inputs.q.device, inputs.k.dtype)
+    _, state = mixer.chunked(inputs.q, inputs.k, inputs.v, inputs.ctx, empty)
+    inputs.v[:, :, :3] += 1.0
+    _, moved = mixer.chunked(inputs.q, inputs.k, inputs.v, inputs.ctx, empty)
+    assert torch.equal(state[0], moved[0])
+
+
+def test_hedgehog_starts_at_the_papers_map():
+    """Identity W, no bias: phi(x) = [softmax(x), softmax(-x)]."""
+    mixer = mixers.build("hedgehog", SHAPE)
+    x = torch.randn(2, 4, 5, 8)
+    close(mixer.map_q(x), torch.cat([x.softmax(-1), (-x).softmax(-1)], -1), 1e-6)
+
+
+# ----------------------------------------------------------------------------------------------- a long decode
+@pytest.mark.parametrize("settings, alone", [({}, 20_000), ({"window": 16, "sinks": 2}, 500)], ids=["pure", "window"])
+def test_twenty_thousand_tokens_from_one_state(settings, alone):
+    """Size and type of the state never change, and its value is that of one float64 pass over everything. The last
+    `alone` tokens come one by one, those before in calls of 50."""
+    tokens = 20_000
+    shape = SiteShape(heads=2, kv_heads=1, key_dim=8, value_dim=8, width=16, scale=8**-0.5)
+    case = Case("hedgehog", settings, shape)
+    mixer, exact = case.recurrent(torch.float32), case.recurrent()
+    inputs = draw(shape, tokens, batch=1).to(torch.float32)
+    state = mixer.empty_state(1, torch.device("cpu"), torch.float32)
+    described = [(s.shape, s.dtype) for s in state]
+    borders = [*range(0, tokens - alone, 50), *range(tokens - alone, tokens + 1)]
+    outs = []
+    with torch.inference_mode():
+        for start, stop in itertools.pairwise(borders):
+            q, k, v = (x[:, :, start:stop] for x in (inputs.q, inputs.k, inputs.v))
+            out, state = (mixer.step if stop - start == 1 else mixer.chunked)(q, k, v, inputs.ctx, state)
+            outs.append(out)
+            if start % 1000 == 0:
+                assert [(s.shape, s.dtype) for s in state] == described
+        wide = inputs.to(torch.float64)
+        first = exact.empty_state(1, torch.device("cpu"), torch.float64)
+        expected, final = exact.chunked(wide.q, wide.k, wide.v, wide.ctx, first)
+    assert [(s.shape, s.dtype) for s in state] == described
+    assert all(s.dtype == torch.float32 for s in state if s.is_floating_point())
+    assert sum(s.numel() * s.itemsize for s in state) == sum(
+        s.nbytes() * (2 if s.name.startswith("kept_") else 1) for s in mixer.state_spec()
+    )  # the specification counts kept keys and values in bfloat16
+    # n roundings of a running sum are a random walk: sqrt(n) half units in the last place of the sum.
+    walk = 2 * math.sqrt(tokens) * torch.finfo(torch.float32).eps / 2
+    for found, value in zip(state, final):
+        size = value.abs().max().clamp(min=1)
+        close(found / size, value / size, walk, "final state")
+    close(torch.cat(outs, 2), expected, 10 * walk, "outputs")
+
+
+def test_the_tolerance_notices_a_normaliser_in_half_precision():
+    """What the rounding law is for: the same sums kept in bfloat16 fail it."""
+    shape = SiteShape(heads=1, kv_heads=1, key_dim=8, value_dim=6, width=8, scale=8**-0.5)
+    inputs = draw(shape, 8192, batch=1)
+
+    def run(q, k, v):
+        phi_k = k.exp()
+        numerator, mass = (phi_k * v[..., :1]).cumsum(2), phi_k.cumsum(2)
+        if q.dtype == torch.bfloat16:  # cumsum keeps a wide accumulator inside: take bfloat16 steps
+            mass = torch.stack(list(_running(phi_k)), 2)
+        return numerator / mass
+
+    with pytest.raises(AssertionError, match="rounding alone"):
+        check_rounded(run, (inputs.q, inputs.k, inputs.v), torch.bfloat16)
+
+
+def _running(x):
+    total = torch.zeros_like(x[:, :, 0])
+    for t in range(x.shape[2]):
+        total = total + x[:, :, t]
+        yield total
+
+
+# -------------------------------------------------------------------------------------------------------- refusals
+def test_unknown_names_are_answered_with_the_nearest():
+    with pytest.raises(InputError, match="did you mean 'hedgehog'"):
+        mixers.get("hedghog")
+    with pytest.raises(InputError, match="did you mean 'window'"):
+        mixers.configure("hedgehog", {"windov": 3})
+    with pytest.raises(InputError, match="feature_map"):
+        mixers.configure("hedgehog", {"feature_map": "cosine"})
+
+
+def test_a_causal_method_refuses_an_encoder():
+    with pytest.raises(Unsupported, match="this layer is bidirectional"):
+        mixers.build("hedgehog", SiteShape(4, 4, 8, 8, 32, 1.0, causal=False))
+
+
+def test_a_tied_map_cannot_be_shared_by_groups():
+    with pytest.raises((InputError, Unsupported), match="share: query"):
+        mixers.build("hedgehog", SHAPE, {"tie": True, "share": "kv"})

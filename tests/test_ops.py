@@ -1,0 +1,165 @@
+"""Each implementation of each op against its reference; the reference against finite differences."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from linearize.ops import linear as linear_op
+from linearize.ops import window as window_op
+from linearize.ops._dispatch import Implementation, choose
+from linearize.ops.linear import linear
+from linearize.ops.window import window
+from linearize.testing.laws import implementations_agree
+from linearize.testing.tolerance import close
+from linearize.types import InputError
+
+pytestmark = pytest.mark.usefixtures("poison")
+
+LENGTHS = (1, 2, 63, 64, 65, 129)
+
+
+def _names(op):
+    return [i.name for i in op.IMPLEMENTATIONS if i.name != "reference"]
+
+
+def _normal(*sizes, seed=0):
+    return torch.randn(sizes, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def _documents(tokens):
+    column = torch.arange(tokens)
+    return torch.stack([(column >= 3).long() + (column >= tokens - 1), (column >= tokens // 2).long() * 2])
+
+
+# ----------------------------------------------------------------------------------------------------------- linear
+@pytest.mark.parametrize("tokens", LENGTHS)
+@pytest.mark.parametrize("packed", [False, True], ids=["one", "packed"])
+@pytest.mark.parametrize("carried", [False, True], ids=["fresh", "state"])
+@pytest.mark.parametrize("heads", [(4, 4, 4), (4, 4, 2), (4, 2, 2), (4, 2, 1)], ids=str)
+@pytest.mark.parametrize("impl", _names(linear_op))
+def test_linear_equals_reference(impl, heads, carried, packed, tokens):
+    """Output, normaliser, final state and every gradient; H query, J key and G value heads."""
+    H, J, G = heads
+    tensors = [_normal(2, H, tokens, 5).exp(), _normal(2, J, tokens, 5, seed=1).exp(), _normal(2, G, tokens, 3, seed=2)]
+    if carried:
+        tensors.append(_normal(2, J, 5, 4, seed=3))
+    segments = _documents(tokens) if packed else None
+
+    def run(name):
+        return lambda q, k, v, state=None: linear(q, k, v, state=state, segments_BT=segments, impl=name)
+
+    implementations_agree(run(impl), run("reference"), tensors)
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 64, 1000])
+def test_linear_does_not_depend_on_its_chunk(chunk):
+    tensors = [_normal(1, 2, 70, 5).exp(), _normal(1, 2, 70, 5, seed=1).exp(), _normal(1, 2, 70, 3, seed=2)]
+    implementations_agree(
+        lambda *x: linear(*x, chunk=chunk, impl="torch"), lambda *x: linear(*x, impl="reference"), tensors
+    )
+
+
+def test_linear_reference_gradcheck():
+    tensors = [_normal(1, 2, 6, 3), _normal(1, 2, 6, 3, seed=1), _normal(1, 1, 6, 2, seed=2), _normal(1, 2, 3, 3)]
+    segments = torch.tensor([[0, 0, 1, 1, 1, 2]])
+    for documents in (None, segments):
+        assert torch.autograd.gradcheck(
+            lambda q, k, v, s, documents=documents: tuple(
+                linear(q, k, v, state=s, segments_BT=documents, impl="reference")
+            ),
+            [t.requires_grad_() for t in tensors],
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_linear_accumulates_in_float32(dtype):
+    q, k, v = (_normal(1, 2, 9, 4, seed=s).exp().to(dtype) for s in range(3))
+    assert {x.dtype for x in linear(q, k, v)} == {torch.float32}
+    state = linear(q, k, v).state
+    assert linear(q[:, :, :1], k[:, :, :1], v[:, :, :1], state=state).state.dtype == torch.float32
+
+
+def test_linear_padding_is_a_key_of_zeros():
+    q, k, v = (_normal(1, 2, 9, 4, seed=s).exp() for s in range(3))
+    real = torch.tensor([0, 2, 3, 6, 8])
+    mask = torch.zeros(9, dtype=torch.float64)
+    mask[real] = 1
+    found = linear(q, k * mask[:, None], v)
+    expected = linear(q[:, :, real], k[:, :, real], v[:, :, real])
+    for a, b in ((found.numerator[:, :, real], expected.numerator), (found.state, expected.state)):
+        close(a, b)
+
+
+# ----------------------------------------------------------------------------------------------------------- window
+@pytest.mark.parametrize("tokens", [1, 2, 31, 33, 70])
+@pytest.mark.parametrize("before", ["none", "some", "full", "more"])
+@pytest.mark.parametrize("width", [1, 5, 40])
+@pytest.mark.parametrize("impl", _names(window_op))
+def test_window_equals_reference(impl, width, before, tokens):
+    """Output, log-sum-exp, maximum and every gradient; keys from before this call, padding and documents."""
+    kept = {"none": 0, "some": width // 2, "full": width - 1, "more": width + 3}[before]
+    S = tokens + kept
+    codes_BS = torch.stack([torch.ones(S, dtype=torch.long), 1 + (torch.arange(S) >= S - tokens // 2).long()])
+    codes_BS[0, : min(2, S)] = 0  # row 0: padding first, where a query may see nothing at all
+    tensors = [_normal(2, 4, tokens, 6) * 2, _normal(2, 2, S, 6, seed=1) * 2, _normal(2, 2, S, 3, seed=2)]
+
+    def run(name):
+        return lambda q, k, v: window(
+            q, k, v, width=width, scale=0.4, codes_BT=codes_BS[:, kept:], codes_BS=codes_BS, impl=name
+        )
+
+    implementations_agree(run(impl), run("reference"), tensors)
+
+
+def test_window_reference_gradcheck():
+    codes = torch.tensor([[0, 1, 1, 1, 2, 2, 2]])
+    tensors = [_normal(1, 2, 6, 3), _normal(1, 1, 7, 3, seed=1), _normal(1, 1, 7, 2, seed=2)]
+
+    def run(q, k, v):
+        out = window(q, k, v, width=3, scale=0.5, codes_BT=codes[:, 1:], codes_BS=codes, impl="reference")
+        return out.output, out.lse
+
+    assert torch.autograd.gradcheck(run, [t.requires_grad_() for t in tensors])
+
+
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+def test_window_of_nothing(impl):
+    """A query that sees nothing: output 0, log-sum-exp and maximum -inf, gradient 0; never NaN."""
+    q, k, v = (_normal(1, 2, 4, 3, seed=s).requires_grad_() for s in range(3))
+    codes = torch.zeros(1, 4, dtype=torch.long)
+    out = window(q, k, v, width=2, scale=1.0, codes_BT=codes, codes_BS=codes, impl=impl)
+    assert out.output.eq(0).all() and out.lse.eq(-torch.inf).all() and out.max.eq(-torch.inf).all()
+    for gradient in torch.autograd.grad(out.output.sum(), (q, k, v)):
+        assert gradient.eq(0).all()
+
+
+def test_window_survives_large_scores():
+    """Scores of a thousand: no overflow, and the answer is the nearest key's value."""
+    q = torch.full((1, 1, 8, 4), 50.0)
+    k, v = _normal(1, 1, 8, 4).float() * 5, _normal(1, 1, 8, 3, seed=1).float()
+    codes = torch.ones(1, 8, dtype=torch.long)
+    for impl in ("torch", "reference"):
+        out = window(q, k, v, width=8, scale=1.0, codes_BT=codes, codes_BS=codes, impl=impl)
+        assert all(x.isfinite().all() for x in out)
+
+
+# --------------------------------------------------------------------------------------------------------- dispatch
+def test_a_named_implementation_never_falls_back():
+    picky = Implementation("picky", lambda: None, lambda *args: "it is Tuesday")
+    plain = Implementation("plain", lambda: None)
+    assert choose("op", [picky, plain], "auto") is plain
+    with pytest.raises(InputError, match="op: impl='picky' refuses this call: it is Tuesday"):
+        choose("op", [picky, plain], "picky")
+    with pytest.raises(InputError, match="did you mean 'plain'"):
+        choose("op", [picky, plain], "plane")
+    with pytest.raises(InputError, match="no implementation takes this call"):
+        choose("op", [picky], "auto")
+
+
+def test_auto_says_once_what_it_chose(caplog):
+    picky = Implementation("picky", lambda: None, lambda *args: "no device")
+    with caplog.at_level("INFO", logger="linearize.ops"):
+        for _ in range(3):
+            choose("said_once", [picky, Implementation("plain", lambda: None)], "auto")
+    assert [r.message for r in caplog.records] == ["said_once: picky refused: no device", "said_once: using plain"]
