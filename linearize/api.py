@@ -46,10 +46,10 @@ def resolve(
     defaults. offline: a recipe's `model.form` is enough. Raises InputError (all problems at once), Unsupported.
     """
     from linearize import models
-    from linearize.plan import Plan, recipe_for
+    from linearize.plan import Plan, pairs, recipe_for
     from linearize.types import InputError
 
-    items: list[str | tuple[str, Any]] = [*(overrides.items() if isinstance(overrides, Mapping) else overrides)]
+    items = pairs(overrides)
     if method is not None:
         items.insert(0, ("method.name", method))
     given = recipe is not None

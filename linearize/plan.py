@@ -209,8 +209,7 @@ class Plan(BaseModel):
             raise InputError(_lines(title, errors))
         defaults = _load(folder() / "defaults.yaml")
         merged = merge(defaults, raw)
-        for item in list(overrides.items()) if isinstance(overrides, Mapping) else overrides:
-            path, value = parse_override(item) if isinstance(item, str) else item
+        for path, value in pairs(overrides):
             _assign(merged, path, value)
         _known(cls, merged, (), errors)
         if errors:  # the recipe's own keys were fine
@@ -484,6 +483,12 @@ def _over(base: dict[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
         else:
             base[key] = deepcopy(value)
     return base
+
+
+def pairs(overrides: Any) -> list[tuple[str, Any]]:
+    """Overrides in any of the forms that `Plan.read` takes, as (dotted path, value). Raises InputError."""
+    items = overrides.items() if isinstance(overrides, Mapping) else overrides
+    return [parse_override(item) if isinstance(item, str) else item for item in items]
 
 
 def parse_override(text: str) -> tuple[str, Any]:
