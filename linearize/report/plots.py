@@ -84,7 +84,7 @@ def drawings(report: Report) -> list[Drawing]:
     found = report.diagnostics
     if found.entropy or found.monotonicity:
         words = (
-            "A line per head, from teacher to student; the bar is the layer's mean. Softmax attention is spiky (low "
+            "A dot per head, teacher left, student right; the bar is the layer's mean. Softmax attention is spiky (low "
             "entropy) and follows its scores (monotonicity near 1); a linear map that keeps both imitates it well."
         )
         out.append(Drawing("heads", "Attention, head by head", words, heads(report)))
@@ -370,20 +370,23 @@ def heads(report: Report) -> bytes:
 
 
 def _slopes(ax: Axes, pair: Pair) -> None:
-    reach = 0.2
-    for layer, (before, after) in enumerate(zip(pair.teacher, pair.student, strict=True)):
-        before, after = np.array(_floats(before)), np.array(_floats(after))
+    reach, crowded = 0.2, sum(map(len, pair.teacher)) > 150
+    means: dict[str, list[float]] = {"teacher": [], "student": []}
+    for layer, (one, other) in enumerate(zip(pair.teacher, pair.student, strict=True)):
+        heads = {"teacher": np.array(_floats(one)), "student": np.array(_floats(other))}
         ends = [layer - reach, layer + reach]
-        for y in zip(before, after, strict=True):
-            ax.plot(ends, y, color="#ccd3da", linewidth=0.8, zorder=1)
-        for x, values, colour, name in ((ends[0], before, TEACHER, "teacher"), (ends[1], after, STUDENT, "student")):
-            ax.scatter(np.full(len(values), x), values, s=16, color=colour, alpha=0.75, linewidth=0, zorder=2)
-            if np.isfinite(values).any():
-                mean = _mean(values)
-                ax.plot(
-                    [x - 0.1, x + 0.1], [mean, mean], color=colour, linewidth=2.4, zorder=3,
-                    label=name if layer == 0 else None,
-                )  # fmt: skip
+        # In a crowd the lines would hide the points they join.
+        if not crowded:
+            for y in zip(*heads.values(), strict=True):
+                ax.plot(ends, y, color="#ccd3da", linewidth=0.8, zorder=1)
+        for x, (name, values) in zip(ends, heads.items(), strict=True):
+            dots = {"s": 6, "alpha": 0.4} if crowded else {"s": 16, "alpha": 0.75}
+            ax.scatter(np.full(len(values), x), values, color=COLOURS[name], linewidth=0, zorder=2, **dots)
+            means[name].append(_mean(values))
+    for side, (name, values) in zip((-reach, reach), means.items(), strict=True):
+        places = np.arange(len(values)) + side
+        width = 0.16 if crowded else 0.1
+        ax.hlines(values, places - width, places + width, color=COLOURS[name], linewidth=2.4, zorder=3, label=name)
     ax.grid(False, axis="x")
 
 
