@@ -22,16 +22,17 @@ LIMITS = (
 )
 
 
-def write_card(report: Report, folder: str | Path) -> None:
-    """Writes README.md into `folder`. Raises StorageError."""
-    write_atomic(Path(folder) / "README.md", str(card(report)))
+def write_card(report: Report, folder: str | Path, *, adapter: bool | None = None) -> None:
+    """Writes README.md into `folder`. adapter: see `card`. Raises StorageError."""
+    write_atomic(Path(folder) / "README.md", str(card(report, adapter=adapter)))
 
 
-def card(report: Report) -> Any:
-    """The huggingface_hub.ModelCard of a report; that of an adapter where the plan's output is one."""
+def card(report: Report, *, adapter: bool | None = None) -> Any:
+    """The huggingface_hub.ModelCard of a report. adapter: not a whole model; None: as the plan's output says."""
     from huggingface_hub import ModelCard, ModelCardData
 
-    adapter = bool((report.plan.get("output") or {}).get("adapter_only"))
+    if adapter is None:
+        adapter = bool((report.plan.get("output") or {}).get("adapter_only"))
 
     name = f"{report.model.id.rpartition('/')[2]}-{report.method}"
     results = _eval_results(report)
