@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from linearize.types import GateError
 
@@ -39,6 +41,16 @@ class Job:
     trackers: list[Any] = field(default_factory=list)
 
 
+def share_of(total: Tensor, weight: Tensor) -> Tensor:
+    """total / weight, where the weight is the mean over all processes: averaged by DistributedDataParallel, the loss
+    of two processes is then exactly that of one with the whole batch."""
+    weight = weight.detach().clone()
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(weight)
+        weight = weight / dist.get_world_size()
+    return total / weight.clamp(min=torch.finfo(weight.dtype).tiny)
+
+
 def body(model: nn.Module) -> nn.Module:
     """The model without its language-model head, where it has one."""
     return getattr(model, "base_model", model)
@@ -46,8 +58,6 @@ def body(model: nn.Module) -> nn.Module:
 
 def not_finite(what: str, model: nn.Module) -> GateError:
     """The error for a loss that is not finite: names the first parameter at fault, else `what`."""
-    import torch
-
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             return GateError(f"{name} holds NaN or infinity; the last good checkpoint is kept (lower lr, or raise clip)")

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from linearize.plan import FinetunePlan
-from linearize.stages.base import Job
+from linearize.stages.base import Job, share_of
 from linearize.stages.loop import train
 from linearize.types import InputError, StageReport
 
@@ -48,6 +48,9 @@ def inject_lora(model: nn.Module, plan: FinetunePlan, sites: list[str]) -> dict[
         training = model.training
         inject_adapter_in_model(config, model)
         model.train(training)
+    for name, module in model.named_modules():
+        if name.endswith("lora_dropout"):
+            module.train()  # the rest of the model stays in eval mode: its own dropout would blur the targets
     found = {n: p for n, p in model.named_parameters() if "lora_" in n}
     for parameter in found.values():
         parameter.data = parameter.data.float()
@@ -102,12 +105,12 @@ class Finetune:
                 parts["kl"] = logit_kl(logits_BPV, goal_BPV, learn_BP)
             if plan.hidden:
                 pairs = zip(student.hidden_states[1:], teacher.hidden_states[1:], strict=True)
-                errors = [((a - b).float() ** 2).sum() / (b.float() ** 2).sum() for a, b in pairs]
+                errors = [share_of(((a - b).float() ** 2).sum(), (b.float() ** 2).sum()) for a, b in pairs]
                 parts["hidden"] = torch.stack(errors).mean()
         if plan.lm:
             flat = logits_BPV.float().flatten(0, 1)
             wanted = target_BP.masked_fill(~learn_BP, -100).flatten()
-            parts["lm"] = F.cross_entropy(flat, wanted)
+            parts["lm"] = share_of(F.cross_entropy(flat, wanted, reduction="sum"), learn_BP.sum().float())
         total = sum(getattr(plan, name) * value for name, value in parts.items())
         return {"loss": total, **parts}
 
@@ -174,9 +177,13 @@ def logit_kl(student_BPV: Tensor, teacher_BPV: Tensor, learn_BP: Tensor) -> Tens
     """Mean of KL(teacher || student) in nats over the positions to learn."""
     kl_N = _LogitKL.apply(student_BPV.flatten(0, 1), teacher_BPV.flatten(0, 1))
     weight_N = learn_BP.flatten().to(kl_N.dtype)
-    return (kl_N * weight_N).sum() / weight_N.sum().clamp(min=1)
+    return share_of((kl_N * weight_N).sum(), weight_N.sum())
 
 
 def finetune(job: Job, plan: FinetunePlan) -> StageReport:
     """Run the stage: LoRA (or all weights) and, with `mixer_lr`, the mixers change."""
-    return train(job, Finetune(job, plan), plan)
+    training = job.model.training
+    try:
+        return train(job, Finetune(job, plan), plan)
+    finally:
+        job.model.train(training)

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from linearize.mixers.base import Mixer
 from linearize.plan import TransferPlan
-from linearize.stages.base import Job, body
+from linearize.stages.base import Job, body, share_of
 from linearize.stages.loop import train
+from linearize.surgery.attach import Surgery
 from linearize.types import Context, InputError, Site, StageReport
 
 
@@ -27,16 +28,13 @@ class Transfer:
 
     name = "transfer"
 
-    def __init__(self, job: Job, plan: TransferPlan) -> None:
-        self.job, self.plan = job, plan
-        self.sites = job.surgery.sites
-        parameters = {
-            f"{site}.{n}": p for site, mixer in job.surgery.mixers.items() for n, p in mixer.named_parameters()
-        }
+    def __init__(self, surgery: Surgery, plan: TransferPlan) -> None:
+        self.surgery, self.plan = surgery, plan
+        parameters = {f"{site}.{n}": p for site, mixer in surgery.mixers.items() for n, p in mixer.named_parameters()}
         self.groups = [(parameters, plan.lr)]
         if not parameters:
-            raise InputError(f"method {job.surgery.method!r} has no parameters to transfer; drop the transfer stage")
-        job.model.requires_grad_(False)
+            raise InputError(f"method {surgery.method!r} has no parameters to transfer; drop the transfer stage")
+        surgery.model.requires_grad_(False)
         for parameter in parameters.values():
             parameter.requires_grad_(True)
 
@@ -46,13 +44,13 @@ class Transfer:
         def watcher(site: Site, mixer: Mixer, q: Tensor, k: Tensor, v: Tensor, ctx: Context, o: Tensor) -> None:
             with torch.enable_grad():
                 losses.append(site_loss(mixer, q, k, v, ctx, o, self.plan, step))
-            if len(losses) == len(self.sites):
+            if len(losses) == len(self.surgery.mixers):
                 raise _LastSite
 
         inputs = {k: v for k, v in batch.items() if k != "labels"}
-        with torch.no_grad(), self.job.surgery.watch(watcher):
+        with torch.no_grad(), self.surgery.watch(watcher):
             try:
-                body(self.job.model)(**inputs, use_cache=False)
+                body(self.surgery.model)(**inputs, use_cache=False)
             except _LastSite:
                 pass
         total = torch.stack(losses).mean()
@@ -83,7 +81,7 @@ def relative_error(guess_BHTV: Tensor, out_BHTV: Tensor, ctx: Context) -> Tensor
     if ctx.valid_BT is not None:
         real = ctx.valid_BT[:, None, :, None]
         error, size = error * real, size * real
-    return error.sum() / size.sum()
+    return share_of(error.sum(), size.sum())
 
 
 def teacher_scores(q_BHTK: Tensor, k_BGTK: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
@@ -102,7 +100,7 @@ def map_cross_entropy(mixer: Mixer, q: Tensor, k: Tensor, v: Tensor, ctx: Contex
     rows = target.sum(-1) > 0
     guess = mixer.dense(q, k, v, ctx).float().clamp(min=1e-12).log()
     entropy = -(target * target.clamp(min=1e-12).log()).sum(-1)
-    return ((-(target * guess).sum(-1) - entropy) * rows).sum() / rows.sum()
+    return share_of(((-(target * guess).sum(-1) - entropy) * rows).sum(), rows.sum().float())
 
 
 def far_field(mixer: Mixer, q: Tensor, k: Tensor, v: Tensor, ctx: Context, out: Tensor) -> tuple[Tensor, Tensor]:
@@ -126,10 +124,10 @@ def far_field(mixer: Mixer, q: Tensor, k: Tensor, v: Tensor, ctx: Context, out: 
     cross = -(far_share * guess.log() + (1 - far_share) * (1 - guess).log())
     floor = -(far_share * far_share.clamp(min=1e-12).log() + near_share * near_share.clamp(min=1e-12).log())
     has_far = real & (parts.mass > 0)
-    mass = ((cross - floor) * has_far).sum() / has_far.sum().clamp(min=1)
-    return error.sum() / (out**2).sum(), mass
+    mass = share_of(((cross - floor) * has_far).sum(), has_far.sum().float())
+    return share_of(error.sum(), (out**2).sum()), mass
 
 
 def transfer(job: Job, plan: TransferPlan) -> StageReport:
     """Run the stage: only the mixers change."""
-    return train(job, Transfer(job, plan), plan)
+    return train(job, Transfer(job.surgery, plan), plan)

@@ -1,0 +1,397 @@
+"""The road from a model to a converted folder: load -> data -> surgery -> stages -> measure -> report -> folder.
+
+Every step is a function of the plan and the inputs, so a run that was killed continues from what its work folder
+holds and ends with the same weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from linearize import models
+from linearize.api import Resolved, choose
+from linearize.data import text
+from linearize.data.selfgen import fingerprint, selfgen
+from linearize.data.text import Tokens
+from linearize.evaluate import diagnostics, generation, quality
+from linearize.plan import FinetunePlan, Plan, TransferPlan
+from linearize.report import card, html, provenance, schema, verdict
+from linearize.stages.base import Job
+from linearize.stages.finetune import finetune
+from linearize.stages.merge import merge
+from linearize.stages.transfer import transfer
+from linearize.storage import atomic_folder, check_target, write_atomic
+from linearize.surgery import files
+from linearize.surgery.attach import CHILD, Surgery, attach
+from linearize.surgery.select import break_even
+from linearize.types import InputError, Site, StageReport
+
+if TYPE_CHECKING:
+    from linearize.report.schema import Report
+
+#: words of a prompt for the side-by-side sample, taken from the evaluation text
+PROMPT_TOKENS = 24
+
+
+@dataclass
+class Converted:
+    """What `convert` gives back. folder is None where nothing was to be written."""
+
+    model: nn.Module
+    surgery: Surgery
+    report: Report
+    tokenizer: Any = None
+    folder: Path | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**self.report.model_dump(mode="json"), "folder": None if self.folder is None else str(self.folder)}
+
+    def render(self) -> Any:
+        from linearize.report.summary import summary
+
+        return summary(self.report, self.folder)
+
+
+@dataclass
+class Work:
+    """The folder beside the output that makes a run resumable; None where nothing is written."""
+
+    folder: Path | None
+
+    def sub(self, name: str) -> Path | None:
+        return None if self.folder is None else self.folder / name
+
+
+def run(
+    resolved: Resolved,
+    *,
+    model: nn.Module | None = None,
+    tokenizer: Any = None,
+    data: str | Path | Sequence[str] | Tokens | None = None,
+    device: str = "auto",
+    resume: bool = False,
+    trust_remote_code: bool = False,
+    command: list[str] | None = None,
+    say: Callable[[str], None] = lambda line: None,
+    on_step: Callable[[str, int], None] = lambda stage, step: None,
+) -> Converted:
+    """Carry out a resolved plan. Raises InputError, Unsupported, GateError, StorageError; whatever happens, the output
+    folder is there whole or not at all, and the work folder holds the last good checkpoint."""
+    plan = resolved.plan
+    target = None if plan.output.folder is None else Path(plan.output.folder)
+    work = Work(None)
+    if target is not None:
+        check_target(target)
+        work = _work(target, resume)
+    if model is None:
+        assert resolved.source is not None
+        say(f"loading {resolved.source.name if resolved.source.kind != 'embedded' else 'the embedded teacher'}")
+        loaded = models.load(
+            resolved.source, dtype=plan.model.dtype, device=device, trust_remote_code=trust_remote_code
+        )
+        model, tokenizer = loaded.model, tokenizer or loaded.tokenizer
+    if tokenizer is None and not isinstance(data, Tokens):
+        raise InputError("pass the model's tokenizer: convert(model, method, tokenizer=tokenizer, ...)")
+    model.eval()
+
+    sites, chosen, left = choose(plan, model)
+    say(f"{len(chosen)} of {len(sites)} attention layers will be converted to {plan.method.name}")
+    original = fingerprint(model)
+    train_data, valid = _data(plan, model, tokenizer, data, work, say)
+    documents = _documents(plan, tokenizer, valid)
+    digest = hashlib.sha256(f"{plan.digest()}{original}{train_data.digest}".encode()).hexdigest()
+    _check_digest(work, digest)
+
+    job = Job(
+        model=model, surgery=attach(model, chosen, plan.method.name, plan.mixer()), data=train_data, seed=plan.seed,
+        work=work.sub("checkpoints"), digest=digest, resume=work.folder is not None, on_step=on_step,
+    )  # fmt: skip
+    surgery = job.surgery
+    measure = _Measure(plan, work, documents, surgery)
+    measure.add(("swapped", nullcontext))
+    rivals = _rivals(plan, job, say)
+    reports = []
+    for index, stage in enumerate(plan.stages):
+        say(f"stage {stage.kind}: {stage.tokens:,} tokens in {stage.steps(train_data.length):,} steps")
+        reports.append(run_stage(job, stage))
+        if stage.kind == "transfer" and index + 1 < len(plan.stages):
+            measure.add(("after transfer", nullcontext))
+    say("measuring the student, its branches and its baselines")
+    branches = sorted({branch for mixer in surgery.mixers.values() for branch in mixer.branches})
+    measure.add(
+        (quality.STUDENT, nullcontext),
+        *((branch, functools.partial(surgery.ablate, branch)) for branch in branches),
+        *((name, lambda twin=twin: nullcontext(twin)) for name, twin in rivals.items()),
+    )
+    report = _report(resolved, job, sites, left, measure, reports, tokenizer, command)
+    if target is not None:
+        say(f"writing {target}")
+        _write(target, job, tokenizer, report, plan)
+        if work.folder is not None:
+            shutil.rmtree(work.folder, ignore_errors=True)
+    verdict.enforce(report.verdict)
+    return Converted(model, surgery, report, tokenizer, target)
+
+
+def run_stage(job: Job, stage: TransferPlan | FinetunePlan) -> StageReport:
+    """One stage of a plan on a job."""
+    return transfer(job, stage) if isinstance(stage, TransferPlan) else finetune(job, stage)
+
+
+# ------------------------------------------------------------------------------------------------- the work folder
+def work_folder(target: Path) -> Path:
+    """Where an unfinished run of this output folder lives."""
+    return target.parent / f".{target.name}.work"
+
+
+def _work(target: Path, resume: bool) -> Work:
+    folder = work_folder(target)
+    if folder.exists() and any(folder.iterdir()) and not resume:
+        raise InputError(
+            f"an unfinished run for {target} is in {folder}: go on with --resume, choose another --output-dir, or "
+            "delete it"
+        )
+    return Work(folder)
+
+
+def _check_digest(work: Work, digest: str) -> None:
+    path = work.sub("digest.json")
+    if path is None:
+        return
+    if path.is_file():
+        if json.loads(path.read_text()) != digest:
+            raise InputError(
+                f"{work.folder} holds a run of another plan, model or data: choose another --output-dir, or delete it"
+            )
+        return
+    write_atomic(path, json.dumps(digest))
+
+
+# --------------------------------------------------------------------------------------------------------- data
+def _data(
+    plan: Plan, model: nn.Module, tokenizer: Any, data: Any, work: Work, say: Callable[[str], None]
+) -> tuple[Tokens, Tokens | None]:
+    """(training sequences, validation sequences or None where a text of its own is named)."""
+    settings = plan.data
+    source = settings.source if data is None else data
+    if isinstance(source, Tokens):
+        sequences = source
+    elif source in (None, "self"):
+        wanted = min(sum(stage.tokens for stage in plan.stages), settings.self_tokens) + settings.valid_tokens
+        say(f"the teacher writes {wanted:,} tokens")
+        sequences = selfgen(
+            model, tokenizer, wanted, settings.length, seed=plan.seed, batch=settings.self_batch,
+            folder=work.sub("selfgen"), completion_only=settings.completion_only,
+        )  # fmt: skip
+    else:
+        sequences = _read(source, plan, tokenizer)
+    sequences.check(model.config, allow_longer=settings.allow_longer)
+    if plan.eval.source or settings.valid:
+        return sequences, None
+    return sequences.hold_out(settings.valid_tokens)
+
+
+def _read(source: str | Path | Sequence[str], plan: Plan, tokenizer: Any) -> Tokens:
+    settings = plan.data
+    if isinstance(source, str | Path):
+        if settings.chat:
+            found: Any = text.read_chats(source, split=settings.split, column=settings.text_column)
+        else:
+            found = text.read_texts(source, split=settings.split, text_column=settings.text_column)
+    else:
+        found = list(source)
+    return text.tokenize(
+        found, tokenizer, settings.length, chat=settings.chat, completion_only=settings.completion_only, seed=plan.seed
+    )
+
+
+def _documents(plan: Plan, tokenizer: Any, valid: Tokens | None) -> list[Tensor]:
+    """The texts the table is measured on, one int64 tensor each."""
+    if valid is None:
+        source = plan.eval.source or plan.data.valid
+        assert source is not None
+        texts = text.read_texts(source, split=plan.eval.split, limit=plan.eval.limit)
+        return text.documents(texts, tokenizer, plan.eval.length)
+    found: list[Tensor] = []
+    for index in range(len(valid)):
+        item = valid[index]
+        starts = (item["position_ids"] == 0).nonzero().flatten().tolist()
+        for first, last in zip(starts, [*starts[1:], len(item["input_ids"])], strict=True):
+            piece = item["input_ids"][first:last][: plan.eval.length]
+            if len(piece) > 16:  # the end of a document that was cut tells little
+                found.append(piece)
+    return found[: plan.eval.limit]
+
+
+# ------------------------------------------------------------------------------------------------------- measuring
+class _Measure:
+    """Scores of every row on the same documents; those of a finished step are kept in the work folder."""
+
+    def __init__(self, plan: Plan, work: Work, documents: list[Tensor], surgery: Surgery) -> None:
+        self.plan, self.work, self.documents, self.surgery = plan, work, documents, surgery
+        self.scores: dict[str, quality.Score] = {}
+
+    def add(self, *variants: quality.Variant) -> None:
+        missing = [v for v in variants if not self._recall(v[0])]
+        if not missing:
+            return
+        found = quality.measure(
+            self.surgery.model, self.documents, missing, teacher=self.surgery.teacher, batch=self.plan.eval.batch,
+            window=self.plan.eval.window,
+        )  # fmt: skip
+        for score in found:
+            if score.name not in self.scores:
+                self.scores[score.name] = score
+                self._keep(score)
+
+    def _path(self, name: str) -> Path | None:
+        return self.work.sub(f"scores/{name.replace(' ', '-')}.safetensors")
+
+    def _keep(self, score: quality.Score) -> None:
+        from safetensors.torch import save
+
+        if (path := self._path(score.name)) is not None:
+            tensors = {"nll": score.nll_N, "kl": score.kl_N, "agree": score.agree_N}
+            tensors = {k: v.contiguous().clone() for k, v in tensors.items()}
+            if score.residual is not None:
+                tensors["residual"] = torch.tensor(score.residual, dtype=torch.float64)
+            write_atomic(path, save(tensors))
+
+    def _recall(self, name: str) -> bool:
+        from safetensors.torch import load
+
+        path = self._path(name)
+        if path is None or not path.is_file():
+            return name in self.scores
+        kept = load(path.read_bytes())
+        residual = kept["residual"].tolist() if "residual" in kept else None
+        targets = quality.targets(self.documents, self.plan.eval.window)
+        self.scores[name] = quality.Score(name, targets, kept["nll"], kept["kl"], kept["agree"], residual)
+        return True
+
+    def rows(self) -> list[schema.Row]:
+        """The table, the teacher first."""
+        self._recall(quality.TEACHER)
+        scores = [self.scores[quality.TEACHER], *(s for n, s in self.scores.items() if n != quality.TEACHER)]
+        return [schema.Row(**row.as_dict()) for row in quality.table(scores, seed=self.plan.seed)]
+
+
+def _rivals(plan: Plan, job: Job, say: Callable[[str], None]) -> dict[str, nn.Module]:
+    """What the student has to beat: modules that share the teacher's weights. Made before LoRA is injected."""
+    window = {"window": plan.eval.window, "sinks": plan.eval.sinks}
+    found = {quality.WINDOW: quality.baseline(job.model, "window", window)}
+    if plan.eval.window_only and (last := plan.stage("finetune")) is not None:
+        tokens = sum(stage.tokens for stage in plan.stages)
+        say(f"training a window-only student on the same {tokens:,} tokens")
+        twin = quality.baseline(job.model, "window", window)
+        if last.mode == "full":
+            twin = copy.deepcopy(twin)
+        surgery = Surgery.of(twin)
+        assert surgery is not None
+        rival = replace(job, model=twin, surgery=surgery, work=None if job.work is None else job.work / "window-only")
+        finetune(rival, last.model_copy(update={"tokens": tokens, "mixer_lr": None}))
+        found["window-only student"] = twin
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------- reporting
+def _report(
+    resolved: Resolved,
+    job: Job,
+    sites: list[Site],
+    left: dict[str, str],
+    measure: _Measure,
+    stages: list[StageReport],
+    tokenizer: Any,
+    command: list[str] | None,
+) -> Report:
+    plan, model, surgery = resolved.plan, job.model, job.surgery
+    rows = measure.rows()
+    window = next((row for row in rows if row.name == quality.WINDOW), None)
+    if window is not None:
+        window.cache_bytes = {n: sum(_window_bytes(s, plan) for s in sites) for n in plan.eval.lengths}
+    prompts = [ids[:PROMPT_TOKENS] for ids in measure.documents if len(ids) >= 2 * PROMPT_TOKENS][:8]
+    sample, written = [], None
+    if tokenizer is not None and prompts and plan.eval.generate:
+        result = generation.continuations(surgery, prompts, plan.eval.generate, seed=plan.seed)
+        written = schema.Generation(**generation.summary(result))
+        sample = [schema.Sample(**s) for s in generation.side_by_side(result, tokenizer)[:3]]
+    converted = {site.name for site in surgery.sites}
+    base: Any = model.config
+    even = next((n for n in (break_even(s, surgery.method, surgery.config) for s in surgery.sites) if n), None)
+    return schema.Report(
+        **provenance.gather(command, next(model.parameters()).device),
+        model=schema.Model(
+            id=plan.model.id or ("embedded" if resolved.source is not None else type(model).__name__),
+            source="object" if resolved.source is None else resolved.source.kind,
+            revision=plan.model.revision,
+            type=base.model_type,
+            parameters=sum(p.numel() for n, p in model.named_parameters() if CHILD not in n and "lora_" not in n),
+            layers=len(sites),
+            converted=len(converted),
+            dtype=str(model.dtype).removeprefix("torch."),
+        ),
+        method=plan.method.name,
+        recipe=resolved.recipe,
+        plan_digest=plan.digest(),
+        seeds=[plan.seed],
+        evaluation=_evaluation(plan, measure.documents),
+        rows=rows,
+        stages=[schema.stage(stage) for stage in stages],
+        state={n: _bytes(sites, surgery, n) for n in plan.eval.lengths},
+        break_even=even,
+        sample=sample,
+        generation=written,
+        verdict=verdict.judge(rows, plan.gate.model_dump()),
+        notes=list(resolved.notes),
+        plan=plan.model_dump(mode="json"),
+        sites=[
+            schema.SiteInfo(
+                name=s.name, layer=s.layer, converted=s.name in converted, why=left.get(s.name), drops=list(s.drops)
+            )
+            for s in sites
+        ],
+        diagnostics=diagnostics.for_report(surgery, measure.documents, tokenizer),
+    )
+
+
+def _bytes(sites: list[Site], surgery: Surgery, tokens: int) -> schema.Bytes:
+    mixers = surgery.mixers
+    kept = sum(mixers[s.name].state_bytes(tokens) if s.name in mixers else s.kv_bytes(tokens) for s in sites)
+    return schema.Bytes(state_bytes=kept, kv_bytes=sum(s.kv_bytes(tokens) for s in sites))
+
+
+def _window_bytes(site: Site, plan: Plan) -> int:
+    return site.shape.kv_bytes(plan.eval.window + plan.eval.sinks)
+
+
+def _evaluation(plan: Plan, documents: list[Tensor]) -> str:
+    source = plan.eval.source or plan.data.valid or f"held-out part of {plan.data.source or 'self-generated text'}"
+    return f"{Path(source).name if Path(source).exists() else source}: {len(documents)} documents, at most {plan.eval.length} tokens each"
+
+
+def _write(target: Path, job: Job, tokenizer: Any, report: Report, plan: Plan) -> None:
+    """The output folder, whole or not at all."""
+    with atomic_folder(target) as folder:
+        if plan.output.adapter_only:
+            files.write_adapter(job.surgery, folder, base=plan.model.id)
+        else:
+            if any("lora_" in name for name, _ in job.model.named_parameters()):
+                merge(job.model)
+            files.write(job.surgery, folder, tokenizer)
+        write_atomic(folder / "resolved_recipe.yaml", plan.dump())
+        schema.write(report, folder / "report.json")
+        html.write_html(report, folder / "report.html")
+        card.write_card(report, folder, adapter=plan.output.adapter_only)
