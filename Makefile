@@ -38,7 +38,8 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 demo: $(STAMP)
-	OMP_NUM_THREADS=$${DEMO_THREADS:-2} $(BIN)/linearize convert
+	rm -rf out/demo out/.demo.work
+	OMP_NUM_THREADS=$${DEMO_THREADS:-2} $(BIN)/linearize convert --output-dir out/demo
 
 test: $(STAMP)
 	HF_HUB_OFFLINE=1 $(PY) -m pytest -q -n $(WORKERS) --dist worksteal
