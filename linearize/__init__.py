@@ -19,6 +19,8 @@ _VERBS = {
     "find": "linearize.surgery.select",
     "attach": "linearize.surgery.attach",
     "Surgery": "linearize.surgery.attach",
+    "save": "linearize.surgery.files",
+    "load": "linearize.models",
 }
 __all__ = ["__version__", *_VERBS]
 

@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from linearize.types import InputError, Unsupported
+from linearize.types import GateError, InputError, StorageError, Unsupported
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 TEACHERS = Path(__file__).parent / "teachers"
 
@@ -20,6 +24,13 @@ class Source:
     kind: str  # "embedded", "folder", "gguf" or "hub"
     gguf: str | None = None
     revision: str | None = None
+
+    @property
+    def id(self) -> str | None:
+        """What a user calls it: hub id, folder or file; None for the embedded teacher."""
+        if self.kind == "embedded":
+            return None
+        return str(Path(self.name) / self.gguf) if self.gguf else self.name
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments for every `from_pretrained` of transformers."""
@@ -64,9 +75,15 @@ def source(model: str | Path | None = None, revision: str | None = None) -> Sour
 def config(where: Source, trust_remote_code: bool = False) -> Any:
     """The model's transformers configuration. Raises InputError for an unknown model, Unsupported for an unknown
     architecture."""
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PreTrainedConfig
 
     try:
+        if where.gguf is None:
+            raw, _ = PreTrainedConfig.get_config_dict(where.name, **where.arguments())
+            if "linearize" in raw:
+                from linearize.surgery import files
+
+                files.reload_class(raw)  # makes the auto classes know it
         return AutoConfig.from_pretrained(where.name, trust_remote_code=trust_remote_code, **where.arguments())
     except (OSError, ValueError, KeyError) as error:
         raise _refusal(where, error) from error
@@ -114,3 +131,206 @@ def _refusal(where: Source, error: Exception) -> InputError | Unsupported:
     if "connect" in said or "offline" in said.lower():
         return InputError(f"no folder {where.name!r}, and the hub cannot be reached to look for a model of that name")
     return InputError(f"unknown model {where.name!r}: no such folder, and the hub has no (public) model of that name")
+
+
+# --------------------------------------------------------------------------------------------------- with weights
+@dataclass(frozen=True)
+class Loaded:
+    """A model in eval mode, and what belongs to it.
+
+    id: hub id, folder or file (None: the embedded teacher). revision: the commit, where the hub gave one. task: what
+    it is for ("text": a causal language model). notes: what a user may not have expected.
+    """
+
+    model: Any
+    tokenizer: Any
+    id: str | None
+    revision: str | None
+    task: str
+    source: Source
+    notes: tuple[str, ...] = ()
+
+
+def load_model(
+    name: str | Path | Source | None = None,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    need_tokenizer: bool = True,
+    **options: Any,
+) -> Loaded:
+    """The model of a name: hub id, folder (also one that linearize wrote), GGUF file; None is the embedded teacher.
+
+    dtype "auto" is the stored one (float16 becomes float32 on a CPU). device "auto" is the GPU where there is one.
+    options go to `from_pretrained` (device_map, quantization_config, attn_implementation, ...). Only safetensors and
+    GGUF are read. Raises InputError (unknown, no config, no tokenizer, pickle only), Unsupported (no causal language
+    model), StorageError (damaged or incomplete files), GateError (NaN or infinity in the weights).
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    where = name if isinstance(name, Source) else source(name, revision)
+    settings = config(where, trust_remote_code)
+    task = _task(settings)
+    local = Path(where.name) if where.kind in ("folder", "embedded") else None
+    if local is not None:
+        from linearize.surgery.files import check_weights
+
+        check_weights(local)
+    # First, because it is cheap and is missing more often than anything else.
+    tokenizer = _tokenizer(where, trust_remote_code) if need_tokenizer else None
+    if str(device) == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    kind, notes = _dtype(dtype, settings, torch.device(device))
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            where.name,
+            **({} if where.gguf else {"use_safetensors": True}),
+            **where.arguments(),
+            config=settings,
+            dtype=kind,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            **options,
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise _weights_refusal(where, error) from error
+    except Exception as error:
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise StorageError(f"the weights of {where.name} are damaged ({error}): download them again") from error
+    if missing := sorted(info["missing_keys"]):
+        raise StorageError(f"{where.name} lacks {missing[0]} ({len(missing)} such tensors): it is damaged")
+    if where.gguf:
+        model = _plain(model)
+    if not options.get("device_map") and not options.get("quantization_config"):
+        model = model.to(device)
+    check_finite(model)
+    rows = model.get_input_embeddings().weight.shape[0]
+    if tokenizer is not None and len(tokenizer) > rows:
+        raise InputError(
+            f"{where.name}: its tokenizer has {len(tokenizer):,} pieces but the model only {rows:,} embeddings: they "
+            "do not belong together"
+        )
+    return Loaded(model.eval(), tokenizer, where.id, _commit(where), task, where, tuple(notes))
+
+
+def load(where: str | Path | nn.Module | None = None, adapter: str | Path | None = None, **options: Any) -> Any:
+    """`linearize.load`: a converted model, from the folder of a full checkpoint or from a base and an adapter folder.
+
+    where: folder or hub id of a converted model, or an adapter folder; with `adapter` its base (a model, a name, or
+    None for the one that the adapter names). options: those of `load_model`. Raises InputError where nothing is
+    converted or the base is another model than the adapter's, and what `load_model` raises.
+    """
+    from linearize.surgery import files
+    from linearize.surgery.attach import Surgery
+
+    options = {"need_tokenizer": False, **options}
+    if adapter is None and isinstance(where, str | Path) and (Path(where) / files.ADAPTER_CONFIG).is_file():
+        where, adapter = None, where
+    if adapter is None:
+        model = load_model(where, **options).model if where is None or isinstance(where, str | Path) else where
+        if Surgery.of(model) is None:
+            raise InputError(f"{where or 'the embedded teacher'} is not converted: there is nothing linear to load")
+        return model
+    if where is None:
+        base = files.read_adapter(adapter)["base"]
+        where, options = base["id"], {"revision": base["revision"], **options}
+    name = "the embedded teacher" if where is None else str(where) if isinstance(where, str | Path) else None
+    model = load_model(where, **options).model if where is None or isinstance(where, str | Path) else where
+    files.load_adapter(model, adapter, name=name)
+    return model
+
+
+def check_finite(model: nn.Module) -> None:
+    """Raises GateError naming the first weight that holds NaN or infinity."""
+    import torch
+
+    for name, weight in model.named_parameters():
+        if weight.device.type != "meta" and weight.is_floating_point() and not torch.isfinite(weight).all():
+            raise GateError(f"weight {name} holds NaN or infinity: the checkpoint is broken, take another copy")
+
+
+def _task(config: Any) -> str:
+    """What a model of this configuration is for. Raises Unsupported for what cannot be converted yet."""
+    names = getattr(config, "architectures", None) or []
+    if getattr(config, "is_encoder_decoder", False) or (
+        names and not any(part in names[0] for part in ("ForCausalLM", "LMHeadModel"))
+    ):
+        raise Unsupported(
+            f"{(names or [config.model_type])[0]} is no causal language model: only these can be converted so far"
+        )
+    return "text"
+
+
+def _dtype(wanted: str | torch.dtype, config: Any, device: torch.device) -> tuple[torch.dtype | str, list[str]]:
+    """(the dtype to load in, notes). Raises InputError for an unknown word."""
+    import torch
+
+    if isinstance(wanted, torch.dtype):
+        return wanted, []
+    if wanted != "auto":
+        found = getattr(torch, wanted, None)
+        if not isinstance(found, torch.dtype) or not found.is_floating_point:
+            raise InputError(f"dtype {wanted!r} is none: choose from auto, float32, bfloat16, float16")
+        return found, []
+    if getattr(config, "dtype", None) in (torch.float16, "float16") and device.type == "cpu":
+        return torch.float32, ["the weights are stored in float16, which a CPU hardly computes in: loaded as float32"]
+    return "auto", []
+
+
+#: one of these is in the folder of every tokenizer; transformers makes an empty one where there is none
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+
+
+def _tokenizer(where: Source, trust_remote_code: bool) -> Any:
+    from transformers import AutoTokenizer
+
+    advice = f"{where.name} has no tokenizer: put tokenizer.json and tokenizer_config.json beside its config.json"
+    if where.kind in ("folder", "embedded"):
+        folder = Path(where.name)
+        if not any((folder / name).is_file() for name in _TOKENIZER_FILES) and not any(folder.glob("*.tiktoken")):
+            raise InputError(advice)
+    try:
+        return AutoTokenizer.from_pretrained(where.name, trust_remote_code=trust_remote_code, **where.arguments())
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{advice} ({str(error).splitlines()[0]})") from error
+
+
+def _plain(model: Any) -> Any:
+    """A GGUF file's model as an ordinary one: transformers refuses to save what it has de-quantised itself."""
+    from transformers import AutoModelForCausalLM
+
+    settings = model.config.__class__.from_dict(
+        {k: v for k, v in model.config.to_dict().items() if k != "quantization_config"}
+    )
+    fresh = AutoModelForCausalLM.from_config(settings, dtype=model.dtype)
+    fresh.load_state_dict(model.state_dict())
+    fresh.tie_weights()
+    return fresh
+
+
+def _commit(where: Source) -> str | None:
+    """The commit that a hub model was loaded from, by the path of the cached file."""
+    if where.kind != "hub":
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    path = try_to_load_from_cache(where.name, "config.json", revision=where.revision or "main")
+    return Path(path).parent.name if isinstance(path, str) else where.revision
+
+
+def _weights_refusal(where: Source, error: Exception) -> InputError | Unsupported:
+    said = str(error)
+    if isinstance(error, ImportError):
+        return InputError(said.strip().splitlines()[0])
+    if "Unrecognized configuration class" in said:
+        return Unsupported(f"{where.name} is no causal language model: only these can be converted so far")
+    if "safetensors" in said and where.kind == "hub":
+        return InputError(
+            f"{where.name} has no safetensors on the hub (other formats may run code when opened and never are): "
+            "convert it, or name another copy"
+        )
+    return _refusal(where, error)

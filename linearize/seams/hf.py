@@ -8,11 +8,21 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 from torch import nn
-from transformers import AttentionInterface
-from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache, StaticLayer
+from transformers import CONFIG_MAPPING, AttentionInterface, AutoConfig, AutoModelForCausalLM
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    EncoderDecoderCache,
+    StaticLayer,
+)
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
@@ -21,12 +31,17 @@ __all__ = [
     "AttentionMaskInterface",
     "Cache",
     "CacheLayerMixin",
+    "DynamicCache",
+    "DynamicLayer",
+    "DynamicSlidingWindowLayer",
     "EncoderDecoderCache",
     "PreTrainedModel",
     "StaticLayer",
     "attention_function",
+    "base_classes",
     "causal_mask_function",
     "get_implementation",
+    "register_subclass",
     "set_implementation",
 ]
 
@@ -45,3 +60,29 @@ def attention_function(cls: type[nn.Module], name: str) -> Callable[..., Any]:
     """The function a family calls for implementation `name`; "eager" is the one of its own file."""
     eager = getattr(sys.modules[cls.__module__], "eager_attention_forward", None)
     return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
+
+
+def base_classes(model_type: str, architecture: str) -> tuple[type[Any], type[PreTrainedModel]] | None:
+    """(configuration class, model class) of transformers' own code; None where it has none of these names."""
+    import transformers
+
+    model = getattr(transformers, architecture, None)
+    if model_type not in CONFIG_MAPPING or model is None:
+        return None
+    return CONFIG_MAPPING[model_type], model
+
+
+def register_subclass(
+    config: type[Any], model: type[PreTrainedModel], base: type[PreTrainedModel], base_type: str
+) -> None:
+    """Make a subclass pair known to the auto classes of this process (idempotent).
+
+    Checkpoints of some families are laid out differently on disk than in memory (experts one by one, or stacked); the
+    conversion goes by class name or model type, so the subclass inherits it under its own.
+    """
+    AutoConfig.register(config.model_type, config, exist_ok=True)
+    AutoModelForCausalLM.register(config, model, exist_ok=True)
+    for new, old in ((config.model_type, base_type), (model.__name__, base.__name__)):
+        mapping = get_checkpoint_conversion_mapping(old)
+        if mapping is not None:
+            register_checkpoint_conversion_mapping(new, deepcopy(mapping), overwrite=True)
