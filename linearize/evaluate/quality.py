@@ -107,7 +107,7 @@ def measure(
     size = int(starts[-1])
     found = {name: torch.empty(3, size, dtype=torch.float64) for name in names}
     order = sorted(range(len(documents)), key=lambda i: len(documents[i]))
-    with _evaluating(model), bar("evaluation", len(documents) * len(names), progress) as advance:
+    with evaluating(model), bar("evaluation", len(documents) * len(names), progress) as advance:
         for at in range(0, len(order), batch):
             chosen = order[at : at + batch]
             ids_BT, mask_BT = _padded([documents[i] for i in chosen], pad)
@@ -145,7 +145,7 @@ def residual_error(
     """
     found: dict[str, Tensor] = {}
     count = 0
-    with _evaluating(model):
+    with evaluating(model):
         for ids_T in documents:
             with teacher() as other:
                 wanted = _hidden(_chosen(model, other), ids_T)
@@ -208,7 +208,8 @@ def _chosen(model: nn.Module, other: Any) -> nn.Module:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """No dropout and no gradients inside; the model's mode is put back."""
     training = model.training
     model.eval()
     try:
@@ -218,7 +219,8 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def _forward(model: Any, ids_BT: Tensor, mask_BT: Tensor, **more: Any) -> Any:
+def forward(model: Any, ids_BT: Tensor, mask_BT: Tensor, **more: Any) -> Any:
+    """The model's output without a cache; the mask (True at real tokens) is passed only where something is padded."""
     device = next(model.parameters()).device
     mask = None if mask_BT.all() else mask_BT.long().to(device)
     return model(input_ids=ids_BT.to(device), attention_mask=mask, use_cache=False, **more)
@@ -226,7 +228,7 @@ def _forward(model: Any, ids_BT: Tensor, mask_BT: Tensor, **more: Any) -> Any:
 
 def _logits(model: nn.Module, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
     """[n, vocabulary]: at each token but the last of each document."""
-    logits = _forward(model, ids_BT, mask_BT).logits[:, :-1]
+    logits = forward(model, ids_BT, mask_BT).logits[:, :-1]
     return logits[mask_BT[:, 1:].to(logits.device)]
 
 
@@ -257,7 +259,7 @@ def _against(known_NV: Tensor, logits_NV: Tensor, next_N: Tensor) -> Tensor:
 
 
 def _hidden(model: nn.Module, ids_T: Tensor) -> list[Tensor]:
-    out = _forward(model, ids_T[None], torch.ones(1, len(ids_T), dtype=torch.bool), output_hidden_states=True)
+    out = forward(model, ids_T[None], torch.ones(1, len(ids_T), dtype=torch.bool), output_hidden_states=True)
     return [h[0, 1:].float().cpu() for h in out.hidden_states[1:]]
 
 
