@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from linearize.conversion import Converted
     from linearize.models import Source
     from linearize.plan import Plan
     from linearize.surgery.forecast import Forecast
@@ -319,3 +320,392 @@ def environment() -> Environment:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return Environment(provenance.machine(device).model_dump(), provenance.versions(), provenance.commit().model_dump())
+
+
+# ------------------------------------------------------------------------------------------------ the work itself
+def convert(
+    model: str | Path | nn.Module | None = None,
+    method: str | None = None,
+    *,
+    data: Any = None,
+    tokenizer: Any = None,
+    recipe: str | Path | Mapping[str, Any] | None = None,
+    overrides: Mapping[str, Any] | Iterable[str | tuple[str, Any]] = (),
+    output_dir: str | Path | None = None,
+    device: str = "auto",
+    resume: bool = False,
+    max_steps: int | None = None,
+    trust_remote_code: bool = False,
+) -> Converted:
+    """Convert a model: surgery, transfer, fine-tuning, evaluation, report.
+
+    model: a name (hub id, folder, GGUF file; None: the embedded teacher) or a transformers model, converted in place.
+    data: a source as in `data.source`, a list of texts, or Tokens; None: the recipe's, else the teacher writes it.
+    output_dir: where the result goes; a model given by name gets a folder beside you, one that was handed over none.
+    resume: go on where a killed run of the same plan and inputs stopped. Raises InputError, Unsupported, GateError (a
+    gate of the recipe was missed, after everything is written; or numerics), StorageError.
+    """
+    import logging
+
+    from linearize.conversion import run
+
+    items = list(overrides.items()) if isinstance(overrides, Mapping) else list(overrides)
+    if isinstance(data, str | Path):
+        items.append(("data.source", str(data)))
+        data = None
+    if output_dir is not None:
+        items.append(("output.folder", str(output_dir)))
+    named = model is None or isinstance(model, str | Path)
+    resolved = resolve(model, method, recipe, items, max_steps=max_steps, trust_remote_code=trust_remote_code)
+    if named and resolved.plan.output.folder is None:
+        stem = Path(str(resolved.plan.model.id or "embedded")).stem.lower()
+        output = resolved.plan.output.model_copy(update={"folder": f"{stem}-{resolved.plan.method.name}"})
+        resolved = replace(resolved, plan=resolved.plan.model_copy(update={"output": output}))
+    return run(
+        resolved,
+        model=None if named else model,
+        tokenizer=tokenizer,
+        data=data,
+        device=device,
+        resume=resume,
+        trust_remote_code=trust_remote_code,
+        say=logging.getLogger("linearize").info,
+    )
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """A converted model measured again: rows of the table, and what they say about the linear branch."""
+
+    rows: list[Any]
+    evaluation: str
+    verdict: Any
+
+    def as_dict(self) -> dict[str, Any]:
+        rows = [row.model_dump(mode="json") for row in self.rows]
+        return {"evaluation": self.evaluation, "rows": rows, "verdict": self.verdict.model_dump(mode="json")}
+
+    def render(self) -> Any:
+        from linearize.report.terminal import evaluated
+
+        return evaluated(self)
+
+
+def evaluate(
+    model: str | Path,
+    *,
+    data: str | None = None,
+    teacher: str | Path | None = None,
+    limit: int | None = None,
+    length: int | None = None,
+    device: str = "auto",
+    seed: int | None = None,
+    trust_remote_code: bool = False,
+) -> Evaluated:
+    """Measure a converted folder against its teacher, the zero-token window and its own branches.
+
+    data: a text source; None: the recipe's `eval.source`. teacher: the model that was converted (None: what the
+    folder's report names). Raises InputError, StorageError.
+    """
+    from contextlib import nullcontext
+    from functools import partial
+
+    from linearize import models
+    from linearize.conversion import described, text_documents
+    from linearize.evaluate import quality
+    from linearize.plan import Plan
+    from linearize.report import schema, verdict
+    from linearize.surgery.attach import Surgery
+    from linearize.types import InputError
+
+    written = schema.read(model, schema.Report)
+    plan = Plan.read(written.plan)
+    changed = {k: v for k, v in {"source": data, "limit": limit, "length": length}.items() if v is not None}
+    plan = plan.model_copy(update={"eval": plan.eval.model_copy(update=changed), "seed": seed or plan.seed})
+    if not (plan.eval.source or plan.data.valid):
+        raise InputError("this model's recipe measured on text that its teacher wrote: name a text with --dataset")
+    student = models.load_model(model, device=device, trust_remote_code=trust_remote_code)
+    surgery = Surgery.of(student.model)
+    if surgery is None:
+        raise InputError(f"{model} is not a converted model")
+    base = models.load_model(
+        teacher or plan.model.id, dtype=student.model.dtype, device=device, trust_remote_code=trust_remote_code
+    ).model
+    documents = text_documents(plan, student.tokenizer)
+    window = quality.baseline(base, "window", {"window": plan.eval.window, "sinks": plan.eval.sinks})
+    branches = sorted({branch for mixer in surgery.mixers.values() for branch in mixer.branches})
+    rows = quality.compare(
+        student.model,
+        documents,
+        [
+            (quality.STUDENT, nullcontext),
+            *((branch, partial(surgery.ablate, branch)) for branch in branches),
+            (quality.WINDOW, lambda: nullcontext(window)),
+        ],
+        teacher=lambda: nullcontext(base),
+        batch=plan.eval.batch,
+        window=plan.eval.window,
+        seed=plan.seed,
+    )
+    table = [schema.Row(**row.as_dict()) for row in rows]
+    return Evaluated(table, described(plan, documents), verdict.judge(table, plan.gate.model_dump()))
+
+
+@dataclass(frozen=True)
+class Benched:
+    """A benchmark file's content, and where it was written (None: nowhere)."""
+
+    bench: Any
+    file: Path | None
+
+    def as_dict(self) -> dict[str, Any]:
+        return self.bench.model_dump(mode="json")
+
+    def render(self) -> Any:
+        from linearize.report import tables
+
+        return tables.render(tables.bench_table(self.bench), "rich")
+
+
+def bench(
+    model: str | Path | nn.Module | None = None,
+    method: str | None = None,
+    *,
+    recipe: str | Path | Mapping[str, Any] | None = None,
+    overrides: Mapping[str, Any] | Iterable[str | tuple[str, Any]] = (),
+    lengths: str | Sequence[int] = (256, 1024, 4096),
+    batch: int = 1,
+    repeats: int = 5,
+    device: str = "auto",
+    output_dir: str | Path | None = None,
+    trust_remote_code: bool = False,
+) -> Benched:
+    """Time a teacher and its untrained conversion in turns: prefill, decoding, transfer; and the bytes each keeps.
+
+    lengths in tokens. output_dir: a folder for the result file. Raises InputError, Unsupported, StorageError.
+    """
+    from linearize import models
+    from linearize.evaluate.speed import UNITS, speed
+    from linearize.report import provenance, schema
+    from linearize.surgery.attach import attach
+    from linearize.types import InputError
+
+    resolved = resolve(model, method, recipe, overrides, trust_remote_code=trust_remote_code)
+    plan = resolved.plan
+    try:
+        wanted = [int(n) for n in lengths.split(",")] if isinstance(lengths, str) else list(lengths)
+    except ValueError:
+        raise InputError(f"--lengths {lengths}: write numbers of tokens, 256,1024,4096") from None
+    subject: Any = model
+    if resolved.source is not None:
+        subject = models.load_model(
+            resolved.source, dtype=plan.model.dtype, device=device, trust_remote_code=trust_remote_code
+        ).model
+    name = Path(str(plan.model.id or "embedded")).stem.lower()
+    surgery = attach(subject, choose(plan, subject)[1], plan.method.name, plan.mixer())
+    rows = speed(surgery, wanted, batch=batch, repeats=repeats)
+    made = schema.Bench(
+        **provenance.gather(device=next(subject.parameters()).device),
+        name=f"{name}-{plan.method.name}",
+        settings={"batch": batch, "repeats": repeats, "dtype": str(subject.dtype).removeprefix("torch."),
+                  "mixer": plan.mixer().model_dump(mode="json")},
+        units=UNITS,
+        rows=[schema.Measure(name=row, metrics=metrics) for row, metrics in rows.items()],
+    )  # fmt: skip
+    file = None
+    if output_dir is not None:
+        file = Path(output_dir) / f"{made.name}.json"
+        schema.write(made, file)
+    return Benched(made, file)
+
+
+@dataclass(frozen=True)
+class Written:
+    """A text and what a converted model went on with. state_bytes: what it kept to do so."""
+
+    prompt: str
+    text: str
+    tokens: int
+    tokens_per_second: float
+    state_bytes: int
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def render(self) -> Any:
+        from rich.text import Text
+
+        speed = f"{self.tokens} tokens, {self.tokens_per_second:.1f} tokens/s, state of {self.state_bytes:,} bytes"
+        return Text.assemble((self.prompt, "dim"), self.text, (f"\n{speed}", "dim"))
+
+
+def generate(
+    model: str | Path,
+    prompt: str = "",
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int | None = None,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+) -> Written:
+    """Continue a text with a converted model. temperature 0 takes the likeliest token. Raises InputError."""
+    import time
+
+    from linearize import models
+    from linearize.data.selfgen import end_tokens, sample
+    from linearize.data.text import first_token
+    from linearize.surgery.attach import Surgery
+    from linearize.types import InputError
+
+    loaded = models.load_model(model, device=device, trust_remote_code=trust_remote_code)
+    surgery = Surgery.of(loaded.model)
+    if surgery is None:
+        raise InputError(f"{model} is not a converted model: convert it first")
+    tokenizer = loaded.tokenizer
+    first = first_token(tokenizer)
+    ids = ([] if first is None else [first]) + tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise InputError("this tokenizer has no first token of its own: give a text with --prompt")
+    import torch
+
+    start = time.perf_counter()
+    out = sample(
+        loaded.model,
+        torch.tensor([ids]),
+        None,
+        max_new_tokens,
+        seed=None if temperature == 0 else (seed or 0),
+        temperature=temperature or 1.0,
+        ends=end_tokens(loaded.model, tokenizer),
+    )[0, len(ids) :]
+    seconds = time.perf_counter() - start
+    kept = sum(mixer.state_bytes(len(ids) + max_new_tokens) for mixer in surgery.mixers.values())
+    text = tokenizer.decode(out, skip_special_tokens=True)
+    return Written(prompt, text, len(out), len(out) / seconds, kept)
+
+
+@dataclass(frozen=True)
+class Inspected:
+    """A model's attention layers: what each is, and what became of it."""
+
+    model: str
+    method: str | None
+    settings: dict[str, Any]
+    sites: list[dict[str, Any]]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def render(self) -> Any:
+        from linearize.report.terminal import inspected
+
+        return inspected(self)
+
+
+def inspect(model: str | Path | nn.Module | None = None, *, trust_remote_code: bool = False) -> Inspected:
+    """The attention of a model, from its configuration; of a converted folder also its mixers. Raises Unsupported."""
+    from linearize import models
+    from linearize.surgery.attach import Surgery
+    from linearize.surgery.select import find
+
+    named = model is None or isinstance(model, str | Path)
+    source = models.source(model) if named else None
+    skeleton: Any = models.skeleton(models.config(source, trust_remote_code), trust_remote_code) if source else model
+    surgery = Surgery.of(skeleton)
+    mixers = surgery.mixers if surgery else {}
+    rows = []
+    for site in find(skeleton):
+        shape = site.shape
+        mixer = mixers.get(site.name)
+        rows.append(
+            {
+                "name": site.name,
+                "layer": site.layer,
+                "heads": f"{shape.heads}/{shape.kv_heads}",
+                "dims": f"{shape.key_dim}/{shape.value_dim}",
+                "window": shape.window,
+                "seam": site.seam,
+                "drops": list(site.drops),
+                "mixer": None if surgery is None or mixer is None else surgery.method,
+                "parameters": 0 if mixer is None else sum(p.numel() for p in mixer.parameters()),
+                "state_bytes": None if mixer is None else mixer.state_bytes(1),
+            }
+        )
+    name = str(source.id or "embedded") if source else type(model).__name__
+    settings = surgery.config.model_dump(mode="json") if surgery else {}
+    return Inspected(name, surgery.method if surgery else None, settings, rows)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A folder or file that was written."""
+
+    folder: Path
+    what: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"folder": str(self.folder), "what": self.what}
+
+    def render(self) -> Any:
+        return f"{self.what}: {self.folder}"
+
+
+def merge(model: str | Path, output_dir: str | Path) -> Saved:
+    """Fold an adapter folder's LoRA into its base, in float32, and write the full checkpoint. Raises InputError."""
+    from linearize import models
+    from linearize.stages.merge import merge as fold
+    from linearize.storage import check_target
+    from linearize.surgery import files
+
+    check_target(output_dir)
+    loaded = models.load(model)
+    fold(loaded)
+    base = files.read_adapter(model)["base"]
+    tokenizer = models.load_model(base["id"], revision=base["revision"]).tokenizer
+    return Saved(files.save(loaded, output_dir, tokenizer), "full checkpoint")
+
+
+def export(model: str | Path, output_dir: str | Path, *, form: str = "safetensors") -> Saved:
+    """Write a converted model in another form, "safetensors" or "torch-export". Raises InputError."""
+    from linearize import models
+    from linearize.stages.export import export as write
+
+    loaded = models.load_model(model)
+    return Saved(write(loaded.model, output_dir, form, loaded.tokenizer), form)
+
+
+@dataclass(frozen=True)
+class Reported:
+    """A report read again, or the README brought up to date."""
+
+    report: Any = None
+    folder: Path | None = None
+    changed: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"changed": list(self.changed)} if self.report is None else self.report.model_dump(mode="json")
+
+    def render(self) -> Any:
+        from linearize.report.summary import summary
+
+        if self.report is None:
+            return "updated: " + ", ".join(self.changed) if self.changed else "everything is up to date"
+        return summary(self.report, self.folder)
+
+
+def report(model: str | Path | None = None, *, update_readme: bool = False, check: bool = False) -> Reported:
+    """Show the report of a converted folder again, or bring the tables of README.md up to date with the result files.
+
+    check: change nothing, and raise GateError where a table is out of date. Raises InputError, StorageError.
+    """
+    from linearize.report import html, readme, schema
+    from linearize.types import InputError
+
+    if update_readme or check:
+        return Reported(changed=tuple(readme.update(Path.cwd(), check=check)))
+    if model is None:
+        raise InputError("name a converted folder with --model, or pass --update-readme")
+    found = schema.read(model, schema.Report)
+    html.write_html(found, Path(model) / "report.html")
+    return Reported(found, Path(model))

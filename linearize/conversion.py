@@ -98,7 +98,7 @@ def run(
     if model is None:
         assert resolved.source is not None
         say(f"loading {resolved.source.name if resolved.source.kind != 'embedded' else 'the embedded teacher'}")
-        loaded = models.load(
+        loaded = models.load_model(
             resolved.source, dtype=plan.model.dtype, device=device, trust_remote_code=trust_remote_code
         )
         model, tokenizer = loaded.model, tokenizer or loaded.tokenizer
@@ -110,7 +110,7 @@ def run(
     say(f"{len(chosen)} of {len(sites)} attention layers will be converted to {plan.method.name}")
     original = fingerprint(model)
     train_data, valid = _data(plan, model, tokenizer, data, work, say)
-    documents = _documents(plan, tokenizer, valid)
+    documents = text_documents(plan, tokenizer) if valid is None else held_out(valid, plan)
     digest = hashlib.sha256(f"{plan.digest()}{original}{train_data.digest}".encode()).hexdigest()
     _check_digest(work, digest)
 
@@ -217,13 +217,16 @@ def _read(source: str | Path | Sequence[str], plan: Plan, tokenizer: Any) -> Tok
     )
 
 
-def _documents(plan: Plan, tokenizer: Any, valid: Tokens | None) -> list[Tensor]:
-    """The texts the table is measured on, one int64 tensor each."""
-    if valid is None:
-        source = plan.eval.source or plan.data.valid
-        assert source is not None
-        texts = text.read_texts(source, split=plan.eval.split, limit=plan.eval.limit)
-        return text.documents(texts, tokenizer, plan.eval.length)
+def text_documents(plan: Plan, tokenizer: Any) -> list[Tensor]:
+    """The documents of the text that the plan's table is measured on."""
+    source = plan.eval.source or plan.data.valid
+    assert source is not None
+    texts = text.read_texts(source, split=plan.eval.split, limit=plan.eval.limit)
+    return text.documents(texts, tokenizer, plan.eval.length)
+
+
+def held_out(valid: Tokens, plan: Plan) -> list[Tensor]:
+    """The documents of held-out sequences."""
     found: list[Tensor] = []
     for index in range(len(valid)):
         item = valid[index]
@@ -347,7 +350,7 @@ def _report(
         recipe=resolved.recipe,
         plan_digest=plan.digest(),
         seeds=[plan.seed],
-        evaluation=_evaluation(plan, measure.documents),
+        evaluation=described(plan, measure.documents),
         rows=rows,
         stages=[schema.stage(stage) for stage in stages],
         state={n: _bytes(sites, surgery, n) for n in plan.eval.lengths},
@@ -377,16 +380,18 @@ def _window_bytes(site: Site, plan: Plan) -> int:
     return site.shape.kv_bytes(plan.eval.window + plan.eval.sinks)
 
 
-def _evaluation(plan: Plan, documents: list[Tensor]) -> str:
-    source = plan.eval.source or plan.data.valid or f"held-out part of {plan.data.source or 'self-generated text'}"
-    return f"{Path(source).name if Path(source).exists() else source}: {len(documents)} documents, at most {plan.eval.length} tokens each"
+def described(plan: Plan, documents: list[Tensor]) -> str:
+    """What the table was measured on, in words."""
+    source = plan.eval.source or plan.data.valid or f"held-out part of {plan.data.source or 'text the teacher wrote'}"
+    name = Path(source).name if Path(source).exists() else source
+    return f"{name}: {len(documents)} documents of at most {plan.eval.length} tokens"
 
 
 def _write(target: Path, job: Job, tokenizer: Any, report: Report, plan: Plan) -> None:
     """The output folder, whole or not at all."""
     with atomic_folder(target) as folder:
         if plan.output.adapter_only:
-            files.write_adapter(job.surgery, folder, base=plan.model.id)
+            files.write_adapter(job.surgery, folder, base=plan.model.id, revision=plan.model.revision)
         else:
             if any("lora_" in name for name, _ in job.model.named_parameters()):
                 merge(job.model)

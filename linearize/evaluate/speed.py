@@ -1,4 +1,4 @@
-"""Time and bytes of teacher and student, alternating in one process: medians of repeats, and their ratio pair by pair."""
+"""Time and bytes of teacher and student, in turns in one process: medians of repeats, and the ratio pair by pair."""
 
 from __future__ import annotations
 
@@ -84,9 +84,8 @@ def speed(
             _prefill(model, ids, surgery.teacher), _prefill(model, ids, nullcontext), device, repeats
         )
         rows[f"prefill {length}"] = _row(batch * length, prefill, **kept)
-        decode = pairs(
-            _decoder(model, ids, new_tokens, surgery.teacher), _decoder(model, ids, new_tokens, nullcontext), device, repeats
-        )
+        student, teacher = (_decoder(model, ids, new_tokens, mode) for mode in (nullcontext, surgery.teacher))
+        decode = pairs(teacher, student, device, repeats)
         rows[f"decode at {length}"] = _row(batch * new_tokens, decode, **kept)
         if surgery.parameters():
             rows[f"transfer {length}"] = _row(batch * length, _transfer(surgery, ids, repeats))

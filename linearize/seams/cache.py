@@ -38,8 +38,8 @@ class StateLayer(CacheLayerMixin):
         self.column = self.tokens - self.get_mask_sizes(new)[1]
         self.tokens += new
         if self.is_sliding:
-            counter = "cumulative_length_int" if hasattr(self.replaced, "cumulative_length_int") else "cumulative_length"
-            setattr(self.replaced, counter, self.tokens)
+            static = hasattr(self.replaced, "cumulative_length_int")
+            setattr(self.replaced, "cumulative_length_int" if static else "cumulative_length", self.tokens)
         return key_states, value_states
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:

@@ -60,5 +60,5 @@ def not_finite(what: str, model: nn.Module) -> GateError:
     """The error for a loss that is not finite: names the first parameter at fault, else `what`."""
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
-            return GateError(f"{name} holds NaN or infinity; the last good checkpoint is kept (lower lr, or raise clip)")
-    return GateError(f"{what} is NaN or infinite; the last good checkpoint is kept (lower lr, or raise clip)")
+            return GateError(f"{name} holds NaN or infinity; the last good checkpoint is kept (lower lr or clip)")
+    return GateError(f"{what} is NaN or infinite; the last good checkpoint is kept (lower lr or clip)")

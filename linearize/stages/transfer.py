@@ -8,6 +8,8 @@ what transfer does not need (everything after the last attention, the LM head) i
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -48,11 +50,8 @@ class Transfer:
                 raise _LastSite
 
         inputs = {k: v for k, v in batch.items() if k != "labels"}
-        with torch.no_grad(), self.surgery.watch(watcher):
-            try:
-                body(self.surgery.model)(**inputs, use_cache=False)
-            except _LastSite:
-                pass
+        with torch.no_grad(), self.surgery.watch(watcher), contextlib.suppress(_LastSite):
+            body(self.surgery.model)(**inputs, use_cache=False)
         total = torch.stack(losses).mean()
         return {"loss": total, **{f"layer.{i}": value for i, value in enumerate(losses)}}
 

@@ -66,7 +66,7 @@ class Port:
         named = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
         cross = any(named.get(n) is not None for n in ("key_value_states", "encoder_hidden_states"))
         if cross:
-            raise Unsupported(f"{self.site.name} was called as cross-attention (it got keys of its own); do not convert it")
+            raise Unsupported(f"{self.site.name} was called as cross-attention (with keys of its own): leave it")
         cache = next((a for a in (*kwargs.values(), *args) if isinstance(a, hf.Cache | hf.EncoderDecoderCache)), None)
         self.call = Call(
             hidden=args[0] if args else named.get("hidden_states"),
@@ -118,7 +118,7 @@ class Port:
         valid = segments = None
         if "mask" not in mixer.needs:
             if k_BGTK.shape[2] != T:
-                raise RuntimeError(f"{self.site.name}: {k_BGTK.shape[2]} keys for {T} queries; an unknown kind of cache?")
+                raise RuntimeError(f"{self.site.name}: {k_BGTK.shape[2]} keys for {T} queries: what cache is that?")
             column = call.layer.column if call.layer is not None else 0
             valid, segments = interface.read_mask(mask, T, column, packed=call.layer is None)
         return Context(
@@ -270,7 +270,7 @@ class Surgery:
 
     @contextlib.contextmanager
     def watch(self, watcher: Watcher) -> Iterator[None]:
-        """The stream stays the teacher's; at each site watcher(site, mixer, q, k, v, ctx, teacher's o_BHTV) is called."""
+        """The stream stays the teacher's; each site calls watcher(site, mixer, q, k, v, ctx, teacher's o_BHTV)."""
         for port in self._ports():
             port.watcher = watcher
         self._sync_masks()
@@ -316,9 +316,9 @@ class Surgery:
     def _covers(self, config: Any) -> bool:
         """Whether every attention module that reads `config` is converted."""
         for module in self.model.modules():
-            if PORT not in module.__dict__ and getattr(module, "config", None) is config:
-                if interface.reaches(original_class(module)):
-                    return False
+            kept = PORT not in module.__dict__ and getattr(module, "config", None) is config
+            if kept and interface.reaches(original_class(module)):
+                return False
         return True
 
     # ------------------------------------------------------------------------------------------------ undoing
@@ -464,8 +464,8 @@ def _check_rotary(port: Port) -> None:
             port.rotary_channels = channels
             return
     raise Unsupported(
-        f"{port.site.name}: this family's rotary embedding cannot be undone (it permutes channels or rotates a part of its "
-        "own); use rope: keep"
+        f"{port.site.name}: this family's rotary embedding cannot be undone (it permutes channels or rotates a part of "
+        "its own); use rope: keep"
     )
 
 
