@@ -41,8 +41,9 @@ from linearize.types import InputError, Site, StageReport
 if TYPE_CHECKING:
     from linearize.report.schema import Report
 
-#: words of a prompt for the side-by-side sample, taken from the evaluation text
-PROMPT_TOKENS = 24
+PROMPT_TOKENS = 24  # of a prompt for the side-by-side sample
+DIAGNOSED = 4  # documents whose attention maps are looked into
+PICTURED = 96  # tokens of an attention picture
 
 
 @dataclass
@@ -325,12 +326,7 @@ def _report(
     window = next((row for row in rows if row.name == quality.WINDOW), None)
     if window is not None:
         window.cache_bytes = {n: sum(_window_bytes(s, plan) for s in sites) for n in plan.eval.lengths}
-    prompts = [ids[:PROMPT_TOKENS] for ids in measure.documents if len(ids) >= 2 * PROMPT_TOKENS][:8]
-    sample, written = [], None
-    if tokenizer is not None and prompts and plan.eval.generate:
-        result = generation.continuations(surgery, prompts, plan.eval.generate, seed=plan.seed)
-        written = schema.Generation(**generation.summary(result))
-        sample = [schema.Sample(**s) for s in generation.side_by_side(result, tokenizer)[:3]]
+    sample, written = _written(plan, surgery, measure.documents, tokenizer)
     converted = {site.name for site in surgery.sites}
     base: Any = model.config
     even = next((n for n in (break_even(s, surgery.method, surgery.config) for s in surgery.sites) if n), None)
@@ -366,7 +362,41 @@ def _report(
             )
             for s in sites
         ],
-        diagnostics=diagnostics.for_report(surgery, measure.documents, tokenizer),
+        diagnostics=_diagnostics(surgery, measure.documents, tokenizer),
+    )
+
+
+def _written(
+    plan: Plan, surgery: Surgery, documents: list[Tensor], tokenizer: Any
+) -> tuple[list[schema.Sample], schema.Generation | None]:
+    """What both write behind the same prompts, and how the teacher likes it."""
+    long_enough = [ids for ids in documents if len(ids) > PROMPT_TOKENS]
+    if tokenizer is None or plan.eval.generate < 4 or not long_enough:
+        return [], None
+    model: Any = surgery.model
+    given = generation.prompts(long_enough, PROMPT_TOKENS, 16)
+    found = generation.generation(
+        model, tokenizer, given, new=plan.eval.generate, teacher=surgery.teacher, seed=plan.seed, temperature=0.8
+    )
+    return [schema.Sample(**vars(s)) for s in found.samples], schema.Generation(**found.as_dict())
+
+
+def _diagnostics(surgery: Surgery, documents: list[Tensor], tokenizer: Any) -> schema.Diagnostics:
+    few = sorted(documents, key=len)[-DIAGNOSED:]
+    try:
+        found = diagnostics.diagnose(surgery, few)
+    except InputError:  # no mixer with weights: there is nothing to compare
+        return schema.Diagnostics()
+    shown = few[-1][:PICTURED]
+    labels = None if tokenizer is None else [tokenizer.decode([i]) for i in shown.tolist()]
+    return schema.Diagnostics(
+        layers=found.layers,
+        entropy=schema.Pair(**found.entropy),
+        monotonicity=schema.Pair(**found.monotonicity),
+        pictures=[
+            schema.Picture.pack(layer, head, maps["teacher"], maps["student"], labels)
+            for (layer, head), maps in diagnostics.dense_maps(surgery, shown).items()
+        ],
     )
 
 

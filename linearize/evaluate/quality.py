@@ -101,7 +101,7 @@ def measure(
     names = [TEACHER, *(name for name, _ in variants)]
     if len(set(names)) < len(names):
         raise InputError(f"two rows of one name: {', '.join(names)}")
-    targets = _targets(documents, window)
+    aimed = targets(documents, window)
     starts = torch.tensor([0, *(len(d) - 1 for d in documents)]).cumsum(0)
     # The teacher's own row goes through the same procedure: it is measured against itself.
     size = int(starts[-1])
@@ -127,7 +127,7 @@ def measure(
         depth: dict[str, list[float]] = {}
         if residual:
             depth = residual_error(model, documents[:residual], variants, teacher=teacher, pad=pad)
-    return [Score(name, targets, *found[name].unbind(0), residual=depth.get(name)) for name in names]
+    return [Score(name, aimed, *found[name].unbind(0), residual=depth.get(name)) for name in names]
 
 
 def residual_error(
@@ -181,7 +181,7 @@ def baseline(model: nn.Module, method: str, config: Mapping[str, Any] | None = N
     return twin.eval()
 
 
-def _targets(documents: Sequence[Tensor], window: int) -> Targets:
+def targets(documents: Sequence[Tensor], window: int) -> Targets:
     sizes = torch.tensor([len(d) - 1 for d in documents])
     return Targets(
         doc_N=torch.arange(len(documents)).repeat_interleave(sizes),
