@@ -53,6 +53,7 @@ lint: $(STAMP)
 # Tests go last: the last line is pytest's own summary.
 ci: $(STAMP)
 	$(MAKE) lint
+	$(BIN)/linearize report --check
 	$(MAKE) overlay
 	$(MAKE) slow
 	$(MAKE) wheel

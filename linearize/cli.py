@@ -7,6 +7,8 @@ unsupported, 4 numerics or a quality gate, 5 I/O, 130 interrupted; 1 is a bug, w
 from __future__ import annotations
 
 import json as jsonlib
+import logging
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -150,6 +152,7 @@ def evaluate(
     dataset: Annotated[str | None, typer.Option("--dataset", help="Text to measure on; none: the recipe's.")] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Documents.")] = None,
     length: Annotated[int | None, typer.Option("--length", min=2, help="Positions of each document.")] = None,
+    teacher: Annotated[str | None, typer.Option("--teacher", help="What it was converted from, if moved.")] = None,
     device: Device = "auto",
     seed: Seed = None,
     trust_remote_code: Trust = False,
@@ -160,6 +163,7 @@ def evaluate(
         api.evaluate(
             model,
             data=dataset,
+            teacher=teacher,
             limit=limit,
             length=length,
             device=device,
@@ -173,7 +177,8 @@ def evaluate(
 def bench(
     model: Model = None,
     lengths: Annotated[str, typer.Option("--lengths", help="Tokens, by commas.")] = "256,1024,4096",
-    batch: Annotated[int, typer.Option("--batch", min=1)] = 1,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Sequences at a time.")] = 1,
+    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Times each, in turns.")] = 5,
     method: Method = None,
     recipe: Recipe = None,
     set_: Set = None,
@@ -192,6 +197,7 @@ def bench(
             overrides=_overrides(set_, dtype=dtype),
             lengths=lengths,
             batch=batch,
+            repeats=repeats,
             device=device,
             output_dir=output_dir,
             trust_remote_code=trust_remote_code,
@@ -252,10 +258,11 @@ def export(
 def report(
     model: Annotated[str | None, typer.Option("--model", "-m", help="A converted folder.")] = None,
     update_readme: Annotated[bool, typer.Option("--update-readme", help="Rewrite the README's table.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Change nothing; fail if the README's table is old.")] = False,
     json: Json = False,
 ) -> None:
     """Show a conversion's report again, or rebuild the README's table from the result files."""
-    _show(api.report(model, update_readme=update_readme), json)
+    _show(api.report(model, update_readme=update_readme, check=check), json)
 
 
 def listing(
@@ -282,6 +289,11 @@ for _verb in _VERBS:
 
 def main() -> None:
     """Runs the command line and exits; the one place where errors become exit codes."""
+    log = logging.getLogger("linearize")
+    log.setLevel(logging.INFO)
+    log.addHandler(logging.StreamHandler())
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of transformers and datasets, read when they are imported
     sys.exit(_run(sys.argv[1:]))
 
 
@@ -292,8 +304,8 @@ def _run(arguments: list[str]) -> int:
         if code == 130:  # typer's own name for Ctrl-C
             raise KeyboardInterrupt
         return code
-    except BrokenPipeError:  # `linearize ... | head`
-        sys.stderr.close()
+    except BrokenPipeError:  # `linearize ... | head`: what Python flushes at its end must go somewhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted; a convert goes on with --resume", file=sys.stderr)

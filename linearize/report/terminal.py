@@ -10,17 +10,19 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from linearize.report import tables
 from linearize.report.tables import count, size
 
 if TYPE_CHECKING:
-    from linearize.api import Environment, Listing, Planned
+    from linearize.api import Environment, Evaluated, Inspected, Listing, Planned
 
 
 def _table(*columns: str, title: str | None = None) -> Table:
     """Columns ending in ">" are set to the right."""
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
-    for column in columns:
-        table.add_column(column.rstrip(">"), justify="right" if column.endswith(">") else "left", overflow="fold")
+    for i, column in enumerate(columns):
+        right = "right" if column.endswith(">") else "left"
+        table.add_column(column.rstrip(">"), justify=right, overflow="fold", no_wrap=i == 0)
     return table
 
 
@@ -124,4 +126,33 @@ def surroundings(answer: Environment) -> RenderableType:
     for part in (answer.versions, answer.machine, answer.commit):
         for key, value in part.items():
             table.add_row(key, escape(size(float(value)) if key == "memory" and value else str(value)))
+    return table
+
+
+def evaluated(answer: Evaluated) -> RenderableType:
+    """The rows, then what they say about the linear branch."""
+    table = _table("", "perplexity>", "KL>", "top-1>", "copy NLL>", "closed>", title=f"Measured on {answer.evaluation}")
+    for row in tables.ordered(answer.rows):
+        table.add_row(
+            tables.LABELS.get(row.name, row.name),
+            tables.number(row.perplexity, 2),
+            tables.number(row.kl, 3),
+            tables.percent(row.top1),
+            tables.number(row.copy_nll, 3),
+            tables.percent(row.gap_closed, 0),
+        )
+    verdict = answer.verdict
+    return Group(table, Text("\n".join([f"{verdict.headline}.", *(f"  {line}" for line in verdict.lines)])))
+
+
+def inspected(answer: Inspected) -> RenderableType:
+    """A line per attention layer."""
+    settings = ", ".join(f"{key} {value}" for key, value in answer.settings.items())
+    title = f"{answer.model}: {f'{answer.method} ({settings})' if answer.method else 'softmax in every layer'}"
+    keys = list(answer.sites[0])
+    # Columns that say nothing about any layer of this model are left out.
+    keys = [key for key in keys if any(site[key] not in (None, [], 0) for site in answer.sites)]
+    table = _table(*(key.replace("_", " ") for key in keys), title=title)
+    for site in answer.sites:
+        table.add_row(*(escape(_words("bytes" if key == "state_bytes" else key, site[key])) for key in keys))
     return table
