@@ -1,11 +1,19 @@
 """Reading, tokenising, packing; self-generated data."""
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from linearize.data import selfgen as module
 from linearize.data import text
@@ -417,3 +425,19 @@ def test_selfgen_completes_prompts(kind):
                     assert not learned[: len(prompt)].any() and learned[len(prompt) :].all()
                     whole += 1
     assert whole > 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["stories15M", "stories260K"])
+def test_stories_models_write_stories(name):
+    folder = Path(os.environ.get("LINEARIZE_ASSETS", Path(__file__).parents[2] / "shared" / "assets")) / name
+    if not folder.exists():
+        pytest.skip(f"no {name} in {folder.parent} ($LINEARIZE_ASSETS)")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    data = selfgen(model, tokenizer, 1500, 96, batch=16, seed=1)
+    batch = collate([data[i] for i in range(len(data))])
+    with torch.no_grad():
+        loss = model(**batch, use_cache=False).loss
+    assert (batch["input_ids"][:, 0] == 1).all() and 0.8 < loss < 2.0  # its own text, as likely as it finds stories
+    assert sum("once upon a time" in tokenizer.decode(row).lower() for row in batch["input_ids"]) > 4

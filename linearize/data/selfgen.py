@@ -276,7 +276,7 @@ def frequent_tokens(tokenizer: PreTrainedTokenizerBase, count: int = 500) -> lis
     """Ids of common words to begin a text with: the first ones merged, since BPE numbers pieces by frequency."""
     special, found = set(tokenizer.all_special_ids), []
     for token in range(len(tokenizer)):
-        text = tokenizer.decode([token]).strip()
+        text = str(tokenizer.decode([token])).strip()
         if token not in special and len(text) > 1 and text.isalpha():
             found.append(token)
             if len(found) == count:

@@ -205,7 +205,7 @@ def _parquet(path: Path) -> Iterator[dict[str, Any]]:
         raise InputError(f"{path}: not a readable parquet file ({_line(error)}); download it again") from None
 
 
-def _hub(name: str, split: str | None, limit: int | None) -> Iterator[dict[str, Any]]:
+def _hub(name: str, split: str | None, limit: int | None) -> Iterator[Any]:
     import datasets
 
     if not sys.stderr.isatty():
@@ -402,7 +402,7 @@ def documents(
 def first_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The id a document starts with: BOS, or None where there is none, or where it only opens chat turns (the
     instruct models that declare <|im_start|> as BOS never saw a plain document behind it)."""
-    bos = tokenizer.bos_token_id
+    bos: Any = tokenizer.bos_token_id
     if bos is None or not getattr(tokenizer, "chat_template", None):
         return bos
     turns = [{"role": role, "content": "x"} for role in ("user", "assistant", "user")]
