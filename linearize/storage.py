@@ -105,7 +105,9 @@ def atomic_folder(target: str | Path, overwrite: bool = False) -> Iterator[Path]
             yield part
             for folder, _, files in os.walk(part):
                 for name in files:
-                    _sync(Path(folder) / name)
+                    file = Path(folder) / name
+                    file.chmod(file.stat().st_mode | (0o666 & ~_umask()))  # safetensors writes for the owner alone
+                    _sync(file)
                 _sync(Path(folder))
             part.chmod(0o777 & ~_umask())
             _move(part, target)

@@ -47,8 +47,11 @@ def test_atomic_folder_appears_whole(tmp_path):
     with atomic_folder(target) as part:
         (part / "sub").mkdir()
         (part / "sub" / "x").write_text("1")
+        (part / "sub" / "x").chmod(0o600)
         assert part.parent == target.parent and not target.exists()
     assert (target / "sub" / "x").read_text() == "1"
+    (tmp_path / "plain").write_text("1")
+    assert (target / "sub" / "x").stat().st_mode == (tmp_path / "plain").stat().st_mode
     assert [p.name for p in target.parent.iterdir()] == ["one"]
 
 
