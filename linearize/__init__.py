@@ -21,6 +21,9 @@ _VERBS = {
     "Surgery": "linearize.surgery.attach",
     "save": "linearize.surgery.files",
     "load": "linearize.models",
+    "prefix": "linearize.surgery.state",
+    "restore": "linearize.surgery.state",
+    "snapshot": "linearize.surgery.state",
 }
 __all__ = ["__version__", *_VERBS]
 

@@ -36,11 +36,19 @@ class StateLayer(CacheLayerMixin):
         self.is_initialized = True
         new = key_states.shape[-2]
         self.column = self.tokens - self.get_mask_sizes(new)[1]
-        self.tokens += new
+        self._count(self.tokens + new)
+        return key_states, value_states
+
+    def resume(self, tokens: int) -> None:
+        """Go on after `tokens` tokens, with a state put into `slot`."""
+        self.is_initialized = True
+        self._count(tokens)
+
+    def _count(self, tokens: int) -> None:
+        self.tokens = tokens
         if self.is_sliding:
             static = hasattr(self.replaced, "cumulative_length_int")
-            setattr(self.replaced, "cumulative_length_int" if static else "cumulative_length", self.tokens)
-        return key_states, value_states
+            setattr(self.replaced, "cumulative_length_int" if static else "cumulative_length", tokens)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         if self.replaced is not None and (self.is_sliding or isinstance(self.replaced, StaticLayer)):
