@@ -190,25 +190,41 @@ _made: dict[tuple[type[nn.Module], str], type[nn.Module]] = {}
 
 
 @contextlib.contextmanager
-def _unhooked(name: str, module: nn.Module) -> Iterator[None]:
-    """Take accelerate's hook off, and put it back on: with a forward in the instance dict a new class does nothing."""
-    if "forward" not in module.__dict__:
-        yield
-        return
-    hook = getattr(module, "_hf_hook", None)
-    if hook is None:
-        owner = getattr(module.__dict__["forward"], "__module__", None) or "unknown code"
-        raise Unsupported(
-            f"{name}: its forward was replaced on the instance (by {owner}), so surgery would silently do nothing; "
-            "remove that hook, attach, then put the hook back"
-        )
-    from accelerate.hooks import add_hook_to_module, remove_hook_from_module
+def _reclassing(name: str, module: nn.Module) -> Iterator[None]:
+    """Around a change of class: a forward in the instance dict would make it silently useless.
 
-    remove_hook_from_module(module)
+    accelerate's hook looks its inner forward up at every call, so it is given the new class's; what a removed hook
+    leaves behind is taken away. Raises Unsupported naming whoever else replaced the forward.
+    """
+    outer = module.__dict__.get("forward")
+    owner = getattr(getattr(outer, "func", outer), "__module__", None) or "unknown code"
+    hooked = owner == "accelerate.hooks" and "_old_forward" in module.__dict__
+    inner = module.__dict__["_old_forward"] if hooked else outer
+    if inner is not None:
+        function = getattr(inner, "__func__", None)
+        if function is None or not any(vars(cls).get("forward") is function for cls in type(module).__mro__):
+            owner = getattr(inner, "__module__", None) or owner if hooked else owner
+            raise Unsupported(
+                f"{name}: its forward was replaced on the instance (by {owner}), so surgery would silently do nothing; "
+                "remove that hook, attach, then put the hook back"
+            )
+        if not hooked:
+            del module.__dict__["forward"]
     try:
         yield
     finally:
-        add_hook_to_module(module, hook)
+        if hooked:
+            module.__dict__["_old_forward"] = type(module).forward.__get__(module)
+
+
+def _device(module: nn.Module) -> torch.device:
+    """Where `module` computes: its weights' device, or the one that offloading hooks bring them to; else meta."""
+    for part in module.modules():
+        found = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
+        if found is not None:
+            return torch.device(found)
+    weights = [p for p in module.parameters() if p.device.type != "meta"]
+    return weights[0].device if weights else torch.device("meta")
 
 
 class Surgery:
@@ -325,8 +341,10 @@ class Surgery:
     def detach(self) -> None:
         """Restore classes, configs and implementation names and delete the mixers: the model as it was, bit-exactly."""
         for name, module in self._modules.items():
+            if PORT not in module.__dict__:  # detached already, through another handle
+                continue
             port: Port = module.__dict__[PORT]
-            with _unhooked(name, module):
+            with _reclassing(name, module):
                 module.__class__ = port.cls
                 if port.site.seam == "interface":
                     module.config = port.config
@@ -363,7 +381,7 @@ def attach(
     try:
         for site in chosen:
             module = model.get_submodule(site.name)
-            with _unhooked(site.name, module):
+            with _reclassing(site.name, module):
                 _operate(module, site, method, settings)
             surgery._modules[site.name] = module
         if probe is not False:
@@ -378,10 +396,7 @@ def attach(
 
 def _operate(module: nn.Module, site: Site, method: str, settings: MixerConfig) -> None:
     cls = type(module)
-    tensors = [p for p in module.parameters() if p.device.type != "meta"]
-    hook = getattr(module, "_hf_hook", None)
-    device = getattr(hook, "execution_device", None) or (tensors[0].device if tensors else torch.device("meta"))
-    mixer = mixers.build(method, site.shape, settings).to(device)
+    mixer = mixers.build(method, site.shape, settings).to(_device(module))
     mixer.warm_start(module)
     mixer.train(module.training)
     own = getattr(module, "config", None)
@@ -404,7 +419,7 @@ def _operate(module: nn.Module, site: Site, method: str, settings: MixerConfig) 
 
 def _default_probe(model: nn.Module) -> Any:
     config: Any = getattr(model, "config", None)
-    device = next(p for p in model.parameters() if p.device.type != "meta").device
+    device = _device(model)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     if not hasattr(text, "vocab_size"):
         raise InputError("attach cannot make inputs for this model: pass probe=lambda model: model(...)")
