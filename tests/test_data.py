@@ -232,6 +232,17 @@ def test_documents_for_evaluation(tokenizer):
         documents([""], tokenizer, 4)
 
 
+def test_one_long_text_is_evaluated_piece_by_piece(tokenizer):
+    whole = documents([SENTENCE], tokenizer, 7)
+    assert [len(d) for d in whole] == [7, 7, 7]
+    assert torch.cat([d[1:] for d in whole]).tolist() == tokenizer(SENTENCE).input_ids
+    assert all(d[0] == 0 for d in whole)
+    assert len(documents([SENTENCE], tokenizer, 7, limit=2)) == 2
+    assert len(documents([SENTENCE], tokenizer, 7, cut=False)) == 1
+    assert len(documents([SENTENCE] * 2, tokenizer, 7)) == 2
+    assert len(documents([SENTENCE] * 2, tokenizer, 7, cut=True)) == 6
+
+
 def test_limits_of_the_model(tokenizer):
     data = tokenize(make_texts(40), tokenizer, 16)
     data.check(LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=16))

@@ -387,13 +387,27 @@ def tokenize(
 
 
 def documents(
-    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int, *, bos: bool = True
+    texts: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    *,
+    bos: bool = True,
+    cut: bool | None = None,
+    limit: int | None = None,
 ) -> list[Tensor]:
-    """One int64 tensor per document for evaluation: first token and text, the first `length` ids in all. Documents
-    of fewer than two ids have nothing to predict and are left out. Raises InputError where none is left."""
+    """One int64 tensor per document for evaluation: first token and text, the first `length` ids in all.
+
+    cut: go on behind that, each further piece of `length` as a document of its own (starting with the first token
+    again); None does so where there is one text only, a whole corpus in a file. limit: stop after so many documents.
+    Those of fewer than two ids have nothing to predict and are left out. Raises InputError where none is left.
+    """
     first = first_token(tokenizer) if bos else None
-    found = [torch.from_numpy(ids[:length].astype(np.int64)) for ids, _ in _encode(list(texts), tokenizer, first)]
-    found = [ids for ids in found if len(ids) > 1]
+    docs = _encode(texts, tokenizer, first)
+    if cut or (cut is None and len(texts) == 1):
+        pieces = (ids for (ids, _), _ in _cut(docs, length, first, 2))
+    else:
+        pieces = (ids[:length] for ids, _ in docs if len(ids) > 1)
+    found = [torch.from_numpy(ids.astype(np.int64)) for ids in islice(pieces, limit)]
     if not found:
         raise InputError("no document with at least two tokens to evaluate on: give more text")
     return found
