@@ -56,9 +56,10 @@ def weights(model: nn.Module) -> dict[str, torch.Tensor]:
         ({}, {"output": 0.0, "map": 1.0}),
         ({"window": 4}, {"output": 1.0}),
         ({"window": 4, "sinks": 1}, {"output": 0.0, "far": 1.0, "mass": 1.0}),
+        ({"window": 4}, {"far_weight": True}),
         ({"window": 4}, {"target": "linear"}),
     ],
-    ids=["output", "map", "hybrid", "far", "linear-alone"],
+    ids=["output", "map", "hybrid", "far", "far-weight", "linear-alone"],
 )
 def test_transfer_lowers_its_loss_and_touches_only_mixers(mixer, losses):
     made = job(mixer)
@@ -69,6 +70,22 @@ def test_transfer_lowers_its_loss_and_touches_only_mixers(mixer, losses):
     after = weights(made.model)
     changed = {n for n in before if not torch.equal(before[n], after[n])}
     assert changed and all("linearize_mixer" in n for n in changed)
+
+
+def test_a_map_in_pieces_is_the_map():
+    made = job({"window": 4})
+    found = []
+    for chunk in (512, 5):
+        plan = TRANSFER.model_copy(update={"output": 0.0, "map": 1.0, "map_chunk": chunk})
+        objective = Transfer(made.surgery, plan)
+        loss = objective.loss({k: made.data[0][k][None] for k in ("input_ids", "position_ids")}, 0)["loss"]
+        loss.backward()
+        found.append((loss.item(), [p.grad.clone() for p in made.surgery.parameters()]))
+        for parameter in made.surgery.parameters():
+            parameter.grad = None
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    for whole, pieces in zip(found[0][1], found[1][1], strict=True):
+        assert torch.allclose(whole, pieces, atol=1e-7)
 
 
 def test_transfer_leaves_the_stream_and_skips_the_head():

@@ -139,14 +139,17 @@ class Hedgehog(RecurrentMixer):
         return self._linear(q_lin, k_lin, v_BGTV, ctx.valid_BT, ctx, None)[0]
 
     # ------------------------------------------------------------------------------------------- the definition
-    def dense(self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTV: Tensor, ctx: Context) -> Tensor:
+    def dense(
+        self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTV: Tensor, ctx: Context, rows: slice = slice(None)
+    ) -> Tensor:
         H = self.shape.heads
         c = self.config
         q_lin, k_lin = self._unrotated(q_BHTK, k_BGTK, ctx)
+        visible_BTT, local_BTT = local_mask(ctx, q_BHTK, c.window, c.sinks, rows)
+        q_BHTK = q_BHTK[:, :, rows]
         phi_k = self._map_keys(k_lin)
         phi_k = phi_k if phi_k.shape[1] == H else phi_k.repeat_interleave(self.shape.group, 1)
-        feature_BHTT = self.map_q(q_lin) @ phi_k.mT
-        visible_BTT, local_BTT = local_mask(ctx, q_BHTK, c.window, c.sinks)
+        feature_BHTT = self.map_q(q_lin[:, :, rows]) @ phi_k.mT
         if self.local is None or self.off == "window_off":
             weights = feature_BHTT * visible_BTT[:, None]
             return weights / (weights.sum(-1, keepdim=True) + c.eps)

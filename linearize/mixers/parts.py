@@ -222,14 +222,16 @@ class LocalBranch:
         return out, torch.where(mass > 0, peak + filled.log(), -torch.inf), top
 
 
-def local_mask(ctx: Context, like_BHTK: Tensor, window_width: int, sinks: int) -> tuple[Tensor, Tensor]:
-    """(visible_BTT, local_BTT) from the definition: which keys a query may see, and which of them are the local
-    branch's. The dense oracle of every windowed method."""
+def local_mask(
+    ctx: Context, like_BHTK: Tensor, window_width: int, sinks: int, rows: slice = slice(None)
+) -> tuple[Tensor, Tensor]:
+    """(visible_BTT, local_BTT) from the definition: which keys the queries `rows` may see, and which of them are the
+    local branch's. The dense oracle of every windowed method."""
     codes = ctx.codes(like_BHTK)
     T = codes.shape[1]
     column = torch.arange(T, device=codes.device)
-    visible = (codes[:, :, None] == codes[:, None]) & (codes > 0)[:, None] & (column[:, None] >= column)
-    distance = column[:, None] - column
+    distance = column[rows, None] - column
+    visible = (codes[:, rows, None] == codes[:, None]) & (codes > 0)[:, None] & (distance >= 0)
     rank = torch.zeros_like(codes)
     for t in range(T):
         rank[:, t] = (codes[:, :t] == codes[:, t : t + 1]).sum(1)

@@ -20,11 +20,13 @@ class Softmax(Mixer):
         assert ctx.teacher is not None
         return ctx.teacher()
 
-    def dense(self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTV: Tensor, ctx: Context) -> Tensor:
-        scores = q_BHTK @ k_BGTK.repeat_interleave(self.shape.group, 1).mT * ctx.scale
+    def dense(
+        self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTV: Tensor, ctx: Context, rows: slice = slice(None)
+    ) -> Tensor:
+        scores = q_BHTK[:, :, rows] @ k_BGTK.repeat_interleave(self.shape.group, 1).mT * ctx.scale
         codes = ctx.codes(q_BHTK)
         seen = (codes[:, :, None] == codes[:, None]) & (codes > 0)[:, None]
-        seen = (seen.tril() if ctx.causal else seen)[:, None]
+        seen = (seen.tril() if ctx.causal else seen)[:, None, rows]
         lowest = torch.finfo(scores.dtype).min
         return scores.masked_fill(~seen, lowest).softmax(-1).masked_fill(~seen, 0)
 

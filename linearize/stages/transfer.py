@@ -9,11 +9,15 @@ what transfer does not need (everything after the last attention, the LM head) i
 from __future__ import annotations
 
 import contextlib
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from linearize.mixers.base import Mixer
+from linearize.mixers.hedgehog import Branches
+from linearize.mixers.parts import Local
 from linearize.plan import TransferPlan
 from linearize.stages.base import Job, body, share_of
 from linearize.stages.loop import train
@@ -62,69 +66,94 @@ def site_loss(
     """The loss of one layer, a scalar without units: errors are relative to the teacher's own output."""
     out = o.float()
     total = out.new_zeros(())
+    parts = mixer.both(q, k, v, ctx.without_slot())[0] if plan.far or plan.mass or plan.far_weight else None
+    field = None if parts is None else _far_field(parts.local, q, k, ctx, out)
     if plan.output:
         alone = plan.target == "linear" or (plan.window_drop and torch.rand(()) < plan.window_drop)
         guess = mixer.linear_alone(q, k, v, ctx) if alone and mixer.branches else mixer(q, k, v, ctx.without_slot())
-        total = total + plan.output * relative_error(guess.float(), out, ctx)
+        weight = field.share if field is not None and plan.far_weight else None
+        total = total + plan.output * relative_error(guess.float(), out, ctx, weight)
     if plan.map:
-        total = total + plan.map * map_cross_entropy(mixer, q, k, v, ctx)
-    if plan.far or plan.mass:
-        far, mass = far_field(mixer, q, k, v, ctx, out)
+        total = total + plan.map * map_divergence(mixer, q, k, v, ctx, plan.map_chunk)
+    if field is not None and (plan.far or plan.mass):
+        far, mass = far_loss(mixer, q, parts, ctx, out, field)
         total = total + plan.far * far + plan.mass * mass
     return total
 
 
-def relative_error(guess_BHTV: Tensor, out_BHTV: Tensor, ctx: Context) -> Tensor:
-    """Sum of squared errors over the sum of squares of the teacher's output, at real tokens."""
-    error, size = (guess_BHTV - out_BHTV) ** 2, out_BHTV**2
+def relative_error(guess_BHTV: Tensor, out_BHTV: Tensor, ctx: Context, weight_BHT: Tensor | None = None) -> Tensor:
+    """Squared errors over squares of the teacher's output, summed over real tokens; weight_BHT: of the queries."""
+    weight = torch.ones_like(out_BHTV[..., :1]) if weight_BHT is None else weight_BHT[..., None]
     if ctx.valid_BT is not None:
-        real = ctx.valid_BT[:, None, :, None]
-        error, size = error * real, size * real
-    return share_of(error.sum(), size.sum())
+        weight = weight * ctx.valid_BT[:, None, :, None]
+    return share_of((weight * (guess_BHTV - out_BHTV) ** 2).sum(), (weight * out_BHTV**2).sum())
 
 
-def teacher_scores(q_BHTK: Tensor, k_BGTK: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
-    """(scores_BHTT, visible_B1TT) of plain softmax attention, in float32; -inf where nothing is visible."""
+def teacher_scores(q_BHTK: Tensor, k_BGTK: Tensor, ctx: Context, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+    """(scores_BHTT, visible_B1TT) of plain softmax attention for the queries `rows`, float32; -inf where invisible."""
     codes = ctx.codes(q_BHTK)
-    visible = ((codes[:, :, None] == codes[:, None]) & (codes > 0)[:, None]).tril()[:, None]
+    column = torch.arange(codes.shape[1], device=codes.device)
+    visible = (codes[:, rows, None] == codes[:, None]) & (codes > 0)[:, None] & (column[rows, None] >= column)
     k = k_BGTK.float().repeat_interleave(q_BHTK.shape[1] // k_BGTK.shape[1], 1)
-    return (q_BHTK.float() @ k.mT * ctx.scale).masked_fill(~visible, -torch.inf), visible
+    scores = q_BHTK[:, :, rows].float() @ k.mT * ctx.scale
+    return scores.masked_fill(~visible[:, None], -torch.inf), visible[:, None]
 
 
-def map_cross_entropy(mixer: Mixer, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> Tensor:
-    """-sum_i a_ti log a^_ti, mean over real queries and heads: Hedgehog's own loss, T x T."""
-    with torch.no_grad():
-        scores, visible = teacher_scores(q, k, ctx)
-        target = scores.masked_fill(~visible, torch.finfo(scores.dtype).min).softmax(-1) * visible
-    rows = target.sum(-1) > 0
-    guess = mixer.dense(q, k, v, ctx).float().clamp(min=1e-12).log()
-    entropy = -(target * target.clamp(min=1e-12).log()).sum(-1)
-    return share_of(((-(target * guess).sum(-1) - entropy) * rows).sum(), rows.sum().float())
+def map_divergence(mixer: Mixer, q: Tensor, k: Tensor, v: Tensor, ctx: Context, chunk: int) -> Tensor:
+    """KL of the mixer's attention map from the teacher's, mean over real queries and heads: Hedgehog's own loss less
+    its constant. No more than `chunk` rows of a map are held at once, forward or backward."""
+    T = q.shape[2]
+
+    def part(start: int) -> Tensor:
+        rows = slice(start, min(start + chunk, T))
+        with torch.no_grad():
+            scores, visible = teacher_scores(q, k, ctx, rows)
+            target = scores.masked_fill(~visible, torch.finfo(scores.dtype).min).softmax(-1) * visible
+        guess = mixer.dense(q, k, v, ctx, rows).float().clamp(min=1e-12).log()
+        return (target * (target.clamp(min=1e-12).log() - guess)).sum()
+
+    if chunk >= T:
+        total = part(0)
+    else:
+        total = sum(checkpoint(part, start, use_reentrant=False) for start in range(0, T, chunk))
+    return share_of(total, (ctx.codes(q) > 0).sum().float() * q.shape[1])
 
 
-def far_field(mixer: Mixer, q: Tensor, k: Tensor, v: Tensor, ctx: Context, out: Tensor) -> tuple[Tensor, Tensor]:
+class _Field(NamedTuple):
+    """The teacher's attention outside window and sinks: its share_BHT of each query's mass, and sum_BHTV, that share
+    times the mean value there. real_BHT: queries that see anything."""
+
+    share: Tensor
+    sum: Tensor
+    real: Tensor
+
+
+@torch.no_grad()
+def _far_field(local: Local, q: Tensor, k: Tensor, ctx: Context, out: Tensor, chunk: int = 512) -> _Field:
+    pieces = [slice(start, start + chunk) for start in range(0, q.shape[2], chunk)]
+    full = torch.cat([teacher_scores(q, k, ctx, rows)[0].logsumexp(-1) for rows in pieces], -1)
+    near = (local.lse.float() - full).exp().clamp(max=1.0).nan_to_num()
+    return _Field(1 - near, out - near[..., None] * local.output.float(), torch.isfinite(full))
+
+
+def far_loss(
+    mixer: Mixer, q: Tensor, parts: Branches, ctx: Context, out: Tensor, field: _Field
+) -> tuple[Tensor, Tensor]:
     """(far, mass): the far branch against softmax over the keys outside window and sinks.
 
     far: squared error of the far branch's own output, weighted by the teacher's far share, relative to the teacher's
-    output. mass: two-way cross-entropy of the shares (local, far). With both at 0 the layer is the teacher's.
+    output. mass: KL of the shares (local, far) from the teacher's. With both at 0 the layer is the teacher's.
     """
-    parts, _ = mixer.both(q, k, v, ctx.without_slot())
-    local = parts.local
-    with torch.no_grad():
-        scores, _ = teacher_scores(q, k, ctx)
-        full = scores.logsumexp(-1)
-        near_share = (local.lse.float() - full).exp().clamp(max=1.0).nan_to_num()
-        far_share = 1 - near_share
-        far_sum = out - near_share[..., None] * local.output.float()  # far share x far output
-        real = torch.isfinite(full)
-    error = ((far_share[..., None] * parts.far.float() - far_sum) ** 2).sum(-1) * real
-    near, far = mixer.combine.shares(local.lse, local.max, parts.mass, q, ctx.scale)
+    error = ((field.share[..., None] * parts.far.float() - field.sum) ** 2).sum(-1) * field.real
+    near, far = mixer.combine.shares(parts.local.lse, parts.local.max, parts.mass, q, ctx.scale)
     guess = (far / (near + far).clamp(min=1e-12)).clamp(1e-6, 1 - 1e-6).float()
-    cross = -(far_share * guess.log() + (1 - far_share) * (1 - guess).log())
-    floor = -(far_share * far_share.clamp(min=1e-12).log() + near_share * near_share.clamp(min=1e-12).log())
-    has_far = real & (parts.mass > 0)
-    mass = share_of(((cross - floor) * has_far).sum(), has_far.sum().float())
-    return share_of(error.sum(), (out**2).sum()), mass
+    both, guessed = torch.stack([field.share, 1 - field.share]), torch.stack([guess, 1 - guess])
+    mass = (both * (both.clamp(min=1e-12).log() - guessed.log())).sum(0)
+    has_far = field.real & (parts.mass > 0)
+    return (
+        share_of(error.sum(), (out**2).sum()),
+        share_of((mass * has_far).sum(), has_far.sum().float()),
+    )
 
 
 def transfer(job: Job, plan: TransferPlan) -> StageReport:
