@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 
 # Public verbs and where they live; imported on first use, so that `import linearize` costs nothing.
 _VERBS = {
+    "convert": "linearize.api",
     "find": "linearize.surgery.select",
     "attach": "linearize.surgery.attach",
     "Surgery": "linearize.surgery.attach",

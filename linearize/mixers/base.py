@@ -148,11 +148,13 @@ def names() -> list[str]:
     return sorted({n for n in here if n not in _NOT_METHODS} | {e.name for e in entry_points(group=_GROUP)})
 
 
-def get(name: str) -> type[Mixer]:
-    """The mixer class called `name`. A method's name is its file's name; nothing is registered.
+def get(name: str | type[Mixer]) -> type[Mixer]:
+    """The mixer class called `name` (a class is itself). A method's name is its file's name; nothing is registered.
 
     Raises InputError naming the nearest method.
     """
+    if isinstance(name, type):
+        return name
     name = name.replace("-", "_")
     if name not in names():
         raise InputError(f"unknown method {name!r}: {nearest(name, names())}")
@@ -170,7 +172,7 @@ def get(name: str) -> type[Mixer]:
     return found[0]
 
 
-def configure(name: str, settings: MixerConfig | dict[str, Any] | None) -> MixerConfig:
+def configure(name: str | type[Mixer], settings: MixerConfig | dict[str, Any] | None) -> MixerConfig:
     """`settings` as the method's own Config. Raises InputError naming the offending key and the nearest valid one."""
     cls = get(name)
     if isinstance(settings, cls.Config):
@@ -187,7 +189,7 @@ def configure(name: str, settings: MixerConfig | dict[str, Any] | None) -> Mixer
         raise InputError(f"method {name!r}, setting {where!r}: {first['msg']}") from None
 
 
-def build(name: str, shape: SiteShape, settings: MixerConfig | dict[str, Any] | None = None) -> Mixer:
+def build(name: str | type[Mixer], shape: SiteShape, settings: MixerConfig | dict[str, Any] | None = None) -> Mixer:
     """A new mixer for a layer of `shape`, in float32. Raises Unsupported when the method does not fit the layer."""
     cls = get(name)
     kind = "causal" if shape.causal else "bidirectional"

@@ -227,6 +227,11 @@ def _device(module: nn.Module) -> torch.device:
     return weights[0].device if weights else torch.device("meta")
 
 
+def method_name(mixer: type[Mixer]) -> str:
+    """The name of a mixer's method: that of its file."""
+    return mixer.__module__.rpartition(".")[2]
+
+
 class Surgery:
     """The handle of a converted model. Modes are switched here; `detach` puts everything back, bit-exactly."""
 
@@ -242,8 +247,7 @@ class Surgery:
         for module in model.modules():
             if PORT in module.__dict__:
                 mixer = getattr(module, CHILD)
-                method = type(mixer).__module__.rpartition(".")[2]
-                return Surgery(model, method, mixer.config)
+                return Surgery(model, method_name(type(mixer)), mixer.config)
         return None
 
     # ----------------------------------------------------------------------------------------------- looking
@@ -357,14 +361,14 @@ class Surgery:
 def attach(
     model: nn.Module,
     sites: Sequence[Site] | None,
-    method: str,
+    method: str | type[Mixer],
     config: MixerConfig | dict[str, Any] | None = None,
     *,
     probe: Callable[[nn.Module], Any] | None | bool = True,
 ) -> Surgery:
     """Replace softmax at `sites` (None: everywhere) by `method`. Idempotent: an earlier conversion is detached first.
 
-    config: the mixer's settings. probe: one small forward after the surgery proves that every site fired exactly once
+    method: a name, or a Mixer class of your own. config: the mixer's settings. probe: one small forward after the surgery proves that every site fired exactly once
     with the shapes it was planned for; pass a callable for models that need special inputs, False to skip (meta).
     Raises Unsupported when the method does not fit, a hook is in the way, or the probe fails; the model is then as it
     was.
@@ -377,7 +381,7 @@ def attach(
         if site.heads is not None:
             raise Unsupported(f"{site.name}: head-level hybrids (Site.heads) are not built yet; convert whole layers")
     interface.register()
-    surgery = Surgery(model, method, settings)
+    surgery = Surgery(model, method_name(mixers.get(method)), settings)
     try:
         for site in chosen:
             module = model.get_submodule(site.name)
@@ -394,7 +398,7 @@ def attach(
     return surgery
 
 
-def _operate(module: nn.Module, site: Site, method: str, settings: MixerConfig) -> None:
+def _operate(module: nn.Module, site: Site, method: str | type[Mixer], settings: MixerConfig) -> None:
     cls = type(module)
     mixer = mixers.build(method, site.shape, settings).to(_device(module))
     mixer.warm_start(module)

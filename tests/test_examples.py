@@ -1,0 +1,29 @@
+"""The examples run, and stay short."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+STORY = "Once upon a time there was a {} who liked to sing. One day it met a friend, and they sang together. "
+SMALL = ["--tokens", "1024"]
+ARGUMENTS = {"convert.py": SMALL, "own_data.py": ["stories.jsonl"], "trainer.py": ["3"]}
+
+
+@pytest.mark.parametrize("name", sorted(p.name for p in EXAMPLES.glob("*.py")))
+def test_example(name, tmp_path):
+    assert len((EXAMPLES / name).read_text().splitlines()) <= 40
+    animals = ["dog", "cat", "bird", "fish", "frog", "bear"]
+    lines = [f'{{"text": "{STORY.format(a) * n}"}}' for a in animals for n in range(2, 6)]
+    (tmp_path / "stories.jsonl").write_text("\n".join(lines))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(EXAMPLES.parent), os.environ.get("PYTHONPATH", "")])}
+    run = [sys.executable, str(EXAMPLES / name), *ARGUMENTS.get(name, [])]
+    done = subprocess.run(run, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-2000:]
+    if name == "decode_with_a_state.py":
+        assert "the same as from the whole prompt: True" in done.stdout
