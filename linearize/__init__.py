@@ -1,10 +1,10 @@
 """linearize: turn a pretrained softmax transformer into a linear-cost one that keeps its quality.
 
-    import linearize
-    sites = linearize.find(model)
-    surgery = linearize.attach(model, sites, "hedgehog", {"window": 64, "sinks": 4})
-    ...
-    surgery.detach()
+import linearize
+sites = linearize.find(model)
+surgery = linearize.attach(model, sites, "hedgehog", {"window": 64, "sinks": 4})
+...
+surgery.detach()
 """
 
 from __future__ import annotations

@@ -98,11 +98,13 @@ def run(
         work = _work(target, resume)
     if model is None:
         assert resolved.source is not None
-        say(f"loading {resolved.source.name if resolved.source.kind != 'embedded' else 'the embedded teacher'}")
+        say(f"loading {resolved.source.id or 'the embedded teacher'}")
         loaded = models.load_model(
             resolved.source, dtype=plan.model.dtype, device=device, trust_remote_code=trust_remote_code
         )
         model, tokenizer = loaded.model, tokenizer or loaded.tokenizer
+        resolved = replace(resolved, notes=(*resolved.notes, *loaded.notes))
+    assert model is not None
     if tokenizer is None and not isinstance(data, Tokens):
         raise InputError("pass the model's tokenizer: convert(model, method, tokenizer=tokenizer, ...)")
     model.eval()
@@ -296,7 +298,8 @@ def _rivals(plan: Plan, job: Job, say: Callable[[str], None]) -> dict[str, nn.Mo
     """What the student has to beat: modules that share the teacher's weights. Made before LoRA is injected."""
     window = {"window": plan.eval.window, "sinks": plan.eval.sinks}
     found = {quality.WINDOW: quality.baseline(job.model, "window", window)}
-    if plan.eval.window_only and (last := plan.stage("finetune")) is not None:
+    last = plan.stage("finetune")
+    if plan.eval.window_only and isinstance(last, FinetunePlan):
         tokens = sum(stage.tokens for stage in plan.stages)
         say(f"training a window-only student on the same {tokens:,} tokens")
         twin = quality.baseline(job.model, "window", window)

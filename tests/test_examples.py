@@ -21,7 +21,10 @@ def test_example(name, tmp_path):
     animals = ["dog", "cat", "bird", "fish", "frog", "bear"]
     lines = [f'{{"text": "{STORY.format(a) * n}"}}' for a in animals for n in range(2, 6)]
     (tmp_path / "stories.jsonl").write_text("\n".join(lines))
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(EXAMPLES.parent), os.environ.get("PYTHONPATH", "")])}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(EXAMPLES.parent), os.environ.get("PYTHONPATH", "")]),
+    }
     run = [sys.executable, str(EXAMPLES / name), *ARGUMENTS.get(name, [])]
     done = subprocess.run(run, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-2000:]

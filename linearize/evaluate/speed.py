@@ -45,7 +45,8 @@ def pairs(
     first: Callable[[], Run], second: Callable[[], Run], device: torch.device, repeats: int
 ) -> list[tuple[float, float]]:
     """Seconds of (first, second), in turns, after one warm-up of each. Both are called to prepare a run, untimed."""
-    first()(), second()()
+    first()()
+    second()()
     return [(_seconds(first(), device), _seconds(second(), device)) for _ in range(repeats)]
 
 
@@ -80,9 +81,7 @@ def speed(
         mixer = sum(m.state_bytes(length) for m in surgery.mixers.values())
         cache = sum(s.kv_bytes(length, model.dtype.itemsize) for s in surgery.sites)
         kept = {"teacher_bytes": float(cache), "student_bytes": float(mixer)}
-        prefill = pairs(
-            _prefill(model, ids, surgery.teacher), _prefill(model, ids, nullcontext), device, repeats
-        )
+        prefill = pairs(_prefill(model, ids, surgery.teacher), _prefill(model, ids, nullcontext), device, repeats)
         rows[f"prefill {length}"] = _row(batch * length, prefill, **kept)
         student, teacher = (_decoder(model, ids, new_tokens, mode) for mode in (nullcontext, surgery.teacher))
         decode = pairs(teacher, student, device, repeats)

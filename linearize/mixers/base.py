@@ -54,9 +54,7 @@ class Mixer(nn.Module, ABC):
         """Whole sequences -> o_BHTV, in q's dtype: the training form."""
 
     @abstractmethod
-    def dense(
-        self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTV: Tensor, ctx: Context, rows: slice = slice(None)
-    ) -> Tensor:
+    def dense(self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTV: Tensor, ctx: Context, rows: slice = slice(None)) -> Tensor:
         """Attention weights [B, H, T, T] with o = weights @ v, from the definition: test oracle, map losses,
         pictures. rows: the queries wanted, so that long maps can be made piece by piece."""
 

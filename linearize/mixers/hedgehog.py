@@ -139,9 +139,7 @@ class Hedgehog(RecurrentMixer):
         return self._linear(q_lin, k_lin, v_BGTV, ctx.valid_BT, ctx, None)[0]
 
     # ------------------------------------------------------------------------------------------- the definition
-    def dense(
-        self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTV: Tensor, ctx: Context, rows: slice = slice(None)
-    ) -> Tensor:
+    def dense(self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTV: Tensor, ctx: Context, rows: slice = slice(None)) -> Tensor:
         H = self.shape.heads
         c = self.config
         q_lin, k_lin = self._unrotated(q_BHTK, k_BGTK, ctx)
@@ -160,6 +158,7 @@ class Hedgehog(RecurrentMixer):
         near_BHTT = (scores - top.masked_fill(top == -torch.inf, 0)).exp()
         if self.off == "linear_off":
             return near_BHTT / (near_BHTT.sum(-1, keepdim=True) + c.eps)
+        assert self.combine is not None
         if c.combine == "lolcats":
             near_BHTT = near_BHTT * self.combine.gate_H.to(scores.dtype).sigmoid()[:, None, None]
         else:  # exp(score) against phi phi exp(a + b |q|), both relative to the local maximum

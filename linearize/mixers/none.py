@@ -20,9 +20,7 @@ class NoMixing(RecurrentMixer):
     ) -> tuple[Tensor, State]:
         return v_BGTV.repeat_interleave(self.shape.group, 1).to(q_BHTK.dtype), state
 
-    def dense(
-        self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTV: Tensor, ctx: Context, rows: slice = slice(None)
-    ) -> Tensor:
+    def dense(self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTV: Tensor, ctx: Context, rows: slice = slice(None)) -> Tensor:
         B, H, T, _ = q_BHTK.shape
         return torch.eye(T, dtype=q_BHTK.dtype, device=q_BHTK.device)[rows].expand(B, H, -1, T)
 

@@ -20,9 +20,7 @@ class Softmax(Mixer):
         assert ctx.teacher is not None
         return ctx.teacher()
 
-    def dense(
-        self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTV: Tensor, ctx: Context, rows: slice = slice(None)
-    ) -> Tensor:
+    def dense(self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTV: Tensor, ctx: Context, rows: slice = slice(None)) -> Tensor:
         scores = q_BHTK[:, :, rows] @ k_BGTK.repeat_interleave(self.shape.group, 1).mT * ctx.scale
         codes = ctx.codes(q_BHTK)
         seen = (codes[:, :, None] == codes[:, None]) & (codes > 0)[:, None]

@@ -36,9 +36,7 @@ class Window(RecurrentMixer):
         local = self.local(q_BHTK, k_BGTK, v_BGTV, ctx, state)
         return local.output.to(q_BHTK.dtype), local.kept
 
-    def dense(
-        self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTV: Tensor, ctx: Context, rows: slice = slice(None)
-    ) -> Tensor:
+    def dense(self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTV: Tensor, ctx: Context, rows: slice = slice(None)) -> Tensor:
         _, local_BTT = local_mask(ctx, q_BHTK, self.config.window, self.config.sinks, rows)
         scores = q_BHTK[:, :, rows] @ k_BGTK.repeat_interleave(self.shape.group, 1).mT * ctx.scale
         hidden = ~local_BTT[:, None]

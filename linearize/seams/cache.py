@@ -109,12 +109,13 @@ def state_layer(cache: Cache | EncoderDecoderCache, layer: int, cross: bool = Fa
     if cache.layer_class_to_replicate is not None:
         while len(cache.layers) <= layer:
             cache.layers.append(cache.layer_class_to_replicate())
-    found = cache.layers[layer]
+    found: Any = cache.layers[layer]
     if isinstance(found, StateLayer):
         return found
     if int(found.get_seq_length()) > 0:
         raise Unsupported(
             f"layer {layer} of this cache was filled by the softmax model; start the linearised model from a new cache"
         )
-    cache.layers[layer] = StateLayer(found)
-    return cache.layers[layer]
+    state = StateLayer(found)
+    cache.layers[layer] = state
+    return state

@@ -30,9 +30,7 @@ class Redirect(TorchFunctionMode):
             return func(*args, **kwargs)
         names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
         call: dict[str, Any] = {**dict(zip(names, args, strict=False)), **kwargs}
-        return self.answer(
-            call.pop("query"), call.pop("key"), call.pop("value"), call.pop("attn_mask", None), **call
-        )
+        return self.answer(call.pop("query"), call.pop("key"), call.pop("value"), call.pop("attn_mask", None), **call)
 
 
 def reaches(cls: type[nn.Module]) -> bool:

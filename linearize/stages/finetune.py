@@ -86,7 +86,7 @@ class Finetune:
     def loss(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         plan = self.plan
         labels = batch["labels"]
-        inputs = {k: v for k, v in batch.items() if k != "labels"}
+        inputs: dict[str, Any] = {k: v for k, v in batch.items() if k != "labels"}
         inputs["use_cache"] = False
         if plan.hidden:
             inputs["output_hidden_states"] = True
@@ -111,7 +111,7 @@ class Finetune:
             flat = logits_BPV.float().flatten(0, 1)
             wanted = target_BP.masked_fill(~learn_BP, -100).flatten()
             parts["lm"] = share_of(F.cross_entropy(flat, wanted, reduction="sum"), learn_BP.sum().float())
-        total = sum(getattr(plan, name) * value for name, value in parts.items())
+        total = torch.stack([getattr(plan, name) * value for name, value in parts.items()]).sum()
         return {"loss": total, **parts}
 
     def _places(self, labels_BT: Tensor) -> Tensor:

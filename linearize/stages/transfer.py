@@ -9,7 +9,7 @@ what transfer does not need (everything after the last attention, the LM head) i
 from __future__ import annotations
 
 import contextlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,7 +61,7 @@ class Transfer:
 
 
 def site_loss(
-    mixer: Mixer, q: Tensor, k: Tensor, v: Tensor, ctx: Context, o: Tensor, plan: TransferPlan, step: int
+    mixer: Any, q: Tensor, k: Tensor, v: Tensor, ctx: Context, o: Tensor, plan: TransferPlan, step: int
 ) -> Tensor:
     """The loss of one layer, a scalar without units: errors are relative to the teacher's own output."""
     out = o.float()
@@ -136,14 +136,13 @@ def _far_field(local: Local, q: Tensor, k: Tensor, ctx: Context, out: Tensor, ch
     return _Field(1 - near, out - near[..., None] * local.output.float(), torch.isfinite(full))
 
 
-def far_loss(
-    mixer: Mixer, q: Tensor, parts: Branches, ctx: Context, out: Tensor, field: _Field
-) -> tuple[Tensor, Tensor]:
+def far_loss(mixer: Any, q: Tensor, parts: Branches, ctx: Context, out: Tensor, field: _Field) -> tuple[Tensor, Tensor]:
     """(far, mass): the far branch against softmax over the keys outside window and sinks.
 
     far: squared error of the far branch's own output, weighted by the teacher's far share, relative to the teacher's
     output. mass: KL of the shares (local, far) from the teacher's. With both at 0 the layer is the teacher's.
     """
+    assert parts.local is not None
     error = ((field.share[..., None] * parts.far.float() - field.sum) ** 2).sum(-1) * field.real
     near, far = mixer.combine.shares(parts.local.lse, parts.local.max, parts.mass, q, ctx.scale)
     guess = (far / (near + far).clamp(min=1e-12)).clamp(1e-6, 1 - 1e-6).float()

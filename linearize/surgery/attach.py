@@ -167,7 +167,7 @@ def _made_subclass(cls: type[nn.Module], seam: str) -> type[nn.Module]:
             linearize_original = cls
 
             def forward(self, *args: Any, **kwargs: Any) -> Any:
-                port: Port = self.linearize_port
+                port: Port = self.__dict__[PORT]
                 port.enter(self, args, kwargs)
                 try:
                     if port.wants_plain and kwargs.get("position_embeddings") is not None:
@@ -368,8 +368,9 @@ def attach(
 ) -> Surgery:
     """Replace softmax at `sites` (None: everywhere) by `method`. Idempotent: an earlier conversion is detached first.
 
-    method: a name, or a Mixer class of your own. config: the mixer's settings. probe: one small forward after the surgery proves that every site fired exactly once
-    with the shapes it was planned for; pass a callable for models that need special inputs, False to skip (meta).
+    method: a name, or a Mixer class of your own. config: the mixer's settings. probe: one small forward after the
+    surgery proves that every site fired exactly once with the shapes it was planned for; pass a callable for models
+    that need special inputs, False to skip (meta).
     Raises Unsupported when the method does not fit, a hook is in the way, or the probe fails; the model is then as it
     was.
     """

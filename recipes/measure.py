@@ -1,0 +1,53 @@
+"""Run recipes and file what came out: recipes/results/<method>/<model>.json, one per recipe. Finished ones are skipped.
+
+    python recipes/measure.py hedgehog/stories15m-window --model FOLDER --eval FILE [--seeds 0 1 2] [--set key=value]
+
+Every seed is a conversion of its own under --work, resumed where it was killed; several are averaged into one file.
+The table of the README is made from these files by `linearize report --update-readme`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+from linearize import api
+from linearize.plan import Plan
+from linearize.report import schema, verdict
+
+HERE = Path(__file__).parent
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", help="its name, as in `linearize list recipes`")
+    parser.add_argument("--model", help="folder, GGUF file or hub id; none: the recipe's")
+    parser.add_argument("--eval", help="text the table is measured on; none: held-out text of the teacher")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--set", nargs="*", default=[], help="further recipe keys")
+    parser.add_argument("--work", type=Path, default=Path("runs"), help="folder for the conversions")
+    arguments = parser.parse_args()
+    logging.basicConfig(format="%(asctime)s %(message)s", stream=sys.stderr)
+    logging.getLogger("linearize").setLevel(logging.INFO)
+
+    target = HERE / "results" / f"{arguments.recipe}.json"
+    reports = []
+    for seed in arguments.seeds:
+        folder = arguments.work / f"{arguments.recipe.replace('/', '-')}-{seed}"
+        if (folder / "report.json").is_file():
+            reports.append(schema.read(folder, schema.Report))
+            continue
+        settings = [f"seed={seed}", *arguments.set, *([f"eval.source={arguments.eval}"] if arguments.eval else [])]
+        converted = api.convert(
+            arguments.model, recipe=arguments.recipe, overrides=settings, output_dir=folder, resume=True
+        )
+        reports.append(converted.report)
+    gate = Plan.read(arguments.recipe).gate.model_dump()
+    schema.write(verdict.over_seeds([report.result() for report in reports], gate), target)
+    print(target)
+
+
+if __name__ == "__main__":
+    main()
