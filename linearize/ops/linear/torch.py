@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from linearize.ops.linear.blocks import linear_blocks
+
 
 def linear_torch(
     q_BHTF: Tensor,
@@ -16,6 +18,8 @@ def linear_torch(
 ) -> tuple[Tensor, Tensor]:
     """Same as linear_reference. Inside a chunk the masked product, between chunks the state: 2C(F+V) + 4F(V+1)
     operations per token and head against 2T(F+V)."""
+    if torch.compiler.is_exporting():
+        return linear_blocks(q_BHTF, k_BHTF, v_BHTV, state_BHFV1, segments_BT, chunk)  # a loop would fix the length
     B, H, T, F = k_BHTF.shape
     V = v_BHTV.shape[-1]
     state = state_BHFV1 if state_BHFV1 is not None else k_BHTF.new_zeros(B, H, F, V + 1)
