@@ -132,6 +132,7 @@ def test_padding_chunks_and_rows(family, conversion):
     assert cache.get_seq_length() == WIDTH
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")  # its new name is not in 5.17
 @families
 @conversions
 def test_backward_reaches_every_mixer_parameter(family, conversion):
@@ -195,6 +196,7 @@ def test_a_copy_is_a_model_of_its_own(family, conversion):
         assert torch.equal(other(ids).logits, model(ids).logits)
 
 
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 @some_families
 @pytest.mark.parametrize("conversion", ["linear-half", "window-all"])
 def test_lora_beside_the_mixer(family, conversion):

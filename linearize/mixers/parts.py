@@ -168,57 +168,82 @@ class LocalBranch:
             torch.cat([ring_codes_BW, (codes_BT > 0).long() + is_sink_BT], 1)[:, T:],
         ]
         if N:
-            sinks_k, sinks_v, codes_BM = self._sinks(k_BGTK, v_BGTV, codes_BT, rank_BT, is_sink_BT, kept, ctx)
-            out, lse, top = self._with_sinks(q_BHTK, sinks_k, sinks_v, codes_BM, codes_BT, rank_BT, ctx, out, lse, top)
-            new += [sinks_k[:, :, :N], sinks_v[:, :, :N], kept[-1] + (codes_BT > 0).sum(1)]
+            sinks_k, sinks_v, filled_BN = self._sinks(k_BGTK, v_BGTV, codes_BT, rank_BT, kept)
+            order_N = torch.arange(N, device=q_BHTK.device)
+            seen = (codes_BT == 1)[..., None] & filled_BN[:, None] & (order_N <= rank_BT[..., None])
+            merged = self._with_sinks(q_BHTK, sinks_k, sinks_v, seen, ctx.scale, out, lse, top)
+            if ctx.segments_BT is not None and (torch.compiler.is_compiling() or bool((codes_BT > 1).any())):
+                own = self._own_sinks(k_BGTK, v_BGTV, codes_BT, rank_BT, is_sink_BT)
+                merged = self._with_sinks(q_BHTK, *own, ctx.scale, *merged)
+            out, lse, top = merged
+            new += [sinks_k, sinks_v, kept[-1] + (codes_BT > 0).sum(1)]
         return Local(out, lse, top, keys[:, :, :T], values[:, :, :T], far_BT, tuple(new))
 
     def _ranks(self, codes_BT: Tensor, count_B: Tensor | None) -> Tensor:
         """How many real tokens of its document stand before each token."""
         real = (codes_BT > 0).long()
         rank = real.cumsum(1) - real
-        starts = torch.cat([torch.zeros_like(codes_BT[:, :1]), codes_BT[:, 1:] > codes_BT[:, :-1].cummax(1).values], 1)
-        starts = starts.bool() & (codes_BT > 1)
-        rank = rank - (rank * starts).cummax(1).values
+        rank = rank - (rank * self._starts(codes_BT)).cummax(1).values
         first = codes_BT <= 1
         return rank if count_B is None else rank + count_B[:, None] * first
 
-    def _sinks(self, k_BGTK, v_BGTV, codes_BT, rank_BT, is_sink_BT, kept, ctx) -> tuple[Tensor, Tensor, Tensor]:
-        """The sink tables with this call's sinks written in: keys, values [B, G, M, .] and codes [B, M]."""
+    @staticmethod
+    def _starts(codes_BT: Tensor) -> Tensor:
+        """Where a document other than the first begins."""
+        later = codes_BT[:, 1:] > codes_BT[:, :-1].cummax(1).values
+        return torch.cat([torch.zeros_like(codes_BT[:, :1], dtype=torch.bool), later], 1) & (codes_BT > 1)
+
+    def _sinks(self, k_BGTK, v_BGTV, codes_BT, rank_BT, kept) -> tuple[Tensor, Tensor, Tensor]:
+        """The sink tables of the first document, the one that is carried on, with this call's sinks written in: keys,
+        values [B, G, N, .], and which rows are filled [B, N]."""
         N = self.sinks
-        B = codes_BT.shape[0]
-        documents = 1 if ctx.segments_BT is None else int(codes_BT.max())
-        M = N * documents
-        place_BT = torch.where(is_sink_BT, (codes_BT.clamp(min=1) - 1) * N + rank_BT, M)
+        place_BT = torch.where((codes_BT == 1) & (rank_BT < N), rank_BT, N)  # row N collects what is no sink
 
         def table(old_BGN, x_BGT):
-            new = x_BGT.new_zeros(*x_BGT.shape[:2], M + 1, x_BGT.shape[-1])  # row M collects what is no sink
-            new = new.scatter_add(2, place_BT[:, None, :, None].expand_as(x_BGT), x_BGT)[:, :, :M]
-            return torch.cat([new[:, :, :N] + old_BGN.to(new.dtype), new[:, :, N:]], 2)
+            new = x_BGT.new_zeros(*x_BGT.shape[:2], N + 1, x_BGT.shape[-1])
+            new = new.scatter_add(2, place_BT[:, None, :, None].expand_as(x_BGT), x_BGT)[:, :, :N]
+            return new + old_BGN.to(new.dtype)
 
-        filled = torch.zeros(B, M + 1, dtype=torch.long, device=codes_BT.device)
-        codes_BM = filled.scatter_add(1, place_BT, codes_BT * is_sink_BT)[:, :M]
-        carried = torch.arange(N, device=codes_BT.device) < kept[-1][:, None]
-        codes_BM = torch.cat([codes_BM[:, :N].clamp(max=1) | carried.long(), codes_BM[:, N:]], 1)
-        return table(kept[3], k_BGTK), table(kept[4], v_BGTV), codes_BM
+        real_B1 = kept[-1][:, None] + (codes_BT == 1).sum(1, keepdim=True)
+        filled_BN = torch.arange(N, device=codes_BT.device) < real_B1
+        return table(kept[3], k_BGTK), table(kept[4], v_BGTV), filled_BN
 
-    def _with_sinks(self, q_BHTK, k_BGMK, v_BGMV, codes_BM, codes_BT, rank_BT, ctx, out, lse, top):
-        """Merge softmax over the sinks into softmax over the window, exactly, by log-sum-exp."""
-        dtype = out.dtype
-        group = q_BHTK.shape[1] // self.G
-        k = k_BGMK.to(dtype).repeat_interleave(group, 1)
-        v = v_BGMV.to(dtype).repeat_interleave(group, 1)
-        order_M = torch.arange(codes_BM.shape[1], device=q_BHTK.device) % self.sinks
-        seen = (codes_BM[:, None] == codes_BT[:, :, None]) & (codes_BM > 0)[:, None] & (order_M <= rank_BT[:, :, None])
+    def _own_sinks(self, k_BGTK, v_BGTV, codes_BT, rank_BT, is_sink_BT) -> tuple[Tensor, Tensor, Tensor]:
+        """For tokens of later documents, the sinks of their own: keys, values [B, G, T, N, .], seen [B, T, N]. Shapes
+        do not depend on how many documents there are, so that it compiles."""
+        N, (B, T) = self.sinks, codes_BT.shape
+        column_T = torch.arange(T, device=codes_BT.device)
+        start_BT = torch.where(self._starts(codes_BT), column_T, 0).cummax(1).values
+        # Where the j-th real token of the document that starts at each column stands (T: nowhere).
+        place_BT = torch.where(is_sink_BT & (codes_BT > 1), start_BT * N + rank_BT, T * N)
+        table = codes_BT.new_full((B, T * N + 1), T).scatter(1, place_BT, column_T.expand(B, T))
+        own_BTN = table[:, :-1].view(B, T, N).gather(1, start_BT[..., None].expand(B, T, N))
+        seen_BTN = (codes_BT > 1)[..., None] & (own_BTN <= column_T[:, None])
+        index_BTN = own_BTN.clamp(max=T - 1).flatten(1)[:, None, :, None]
+
+        def pick(x_BGT):
+            picked = x_BGT.gather(2, index_BTN.expand(-1, x_BGT.shape[1], -1, x_BGT.shape[-1]))
+            return picked.unflatten(2, (T, N))
+
+        return pick(k_BGTK), pick(v_BGTV), seen_BTN
+
+    def _with_sinks(self, q_BHTK, k, v, seen_BTN, scale, out, lse, top):
+        """Merge softmax over sinks into softmax over the window, exactly, by log-sum-exp. k, v: one table for all
+        tokens [B, G, N, .], or one for each [B, G, T, N, .]."""
+        dtype, group = out.dtype, q_BHTK.shape[1] // self.G
+        q, k, v = q_BHTK.to(dtype), k.to(dtype).repeat_interleave(group, 1), v.to(dtype).repeat_interleave(group, 1)
+        each = k.ndim == 5
         lowest = torch.finfo(dtype).min
-        scores = (q_BHTK.to(dtype) @ k.mT * ctx.scale).masked_fill(~seen[:, None], lowest)
-        top = torch.maximum(top, scores.amax(-1).masked_fill(~seen.any(-1)[:, None], -torch.inf))
+        scores = (q[..., None, :] @ k.mT).squeeze(-2) if each else q @ k.mT
+        scores = (scores * scale).masked_fill(~seen_BTN[:, None], lowest)
+        top = torch.maximum(top, scores.amax(-1).masked_fill(~seen_BTN.any(-1)[:, None], -torch.inf))
         peak = top.clamp(min=lowest / 2).detach()
-        weights = (scores - peak[..., None]).exp() * seen[:, None]
+        weights = (scores - peak[..., None]).exp() * seen_BTN[:, None]
         window_mass = (lse - peak).exp()
         mass = window_mass + weights.sum(-1)
         filled = mass.clamp(min=torch.finfo(dtype).tiny)
-        out = (window_mass[..., None] * out + weights @ v) / filled[..., None]
+        read = (weights[..., None, :] @ v).squeeze(-2) if each else weights @ v
+        out = (window_mass[..., None] * out + read) / filled[..., None]
         return out, torch.where(mass > 0, peak + filled.log(), -torch.inf), top
 
 
