@@ -106,7 +106,7 @@ def run(
         resolved = replace(resolved, notes=(*resolved.notes, *loaded.notes))
     assert model is not None
     if tokenizer is None and not isinstance(data, Tokens):
-        raise InputError("pass the model's tokenizer: convert(model, method, tokenizer=tokenizer, ...)")
+        tokenizer = models.tokenizer_of(model)
     model.eval()
 
     sites, chosen, left = choose(plan, model)

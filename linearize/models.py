@@ -185,7 +185,7 @@ def load_model(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     kind, notes = _dtype(dtype, settings, torch.device(device))
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             where.name,
             **({} if where.gguf else {"use_safetensors": True}),
             **where.arguments(),
@@ -195,6 +195,7 @@ def load_model(
             output_loading_info=True,
             **options,
         )
+        model, info = loaded
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise _weights_refusal(where, error) from error
     except Exception as error:
@@ -297,6 +298,14 @@ def _tokenizer(where: Source, trust_remote_code: bool) -> Any:
         return AutoTokenizer.from_pretrained(where.name, trust_remote_code=trust_remote_code, **where.arguments())
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{advice} ({str(error).splitlines()[0]})") from error
+
+
+def tokenizer_of(model: Any) -> Any:
+    """The tokenizer of a model in hand, from where the model came. Raises InputError where that is not known."""
+    name = getattr(model, "name_or_path", "")
+    if not name:
+        raise InputError("this model does not say where it came from: pass its tokenizer, convert(..., tokenizer=...)")
+    return _tokenizer(source(name), trust_remote_code=False)
 
 
 def _plain(model: Any) -> Any:

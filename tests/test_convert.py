@@ -1,0 +1,207 @@
+"""The whole road, as a user walks it: convert, reload, interrupt, resume, refuse."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import linearize
+from linearize import api, models
+from linearize.conversion import work_folder
+from linearize.types import GateError, InputError, StorageError
+
+ROOT = Path(linearize.__file__).parent.parent
+WORDS = "once upon a time there was a little dog who loved to run and play with a red ball in the sunny park".split()
+SMALL = {
+    "data.length": 64,
+    "data.valid_tokens": 512,
+    "stages.transfer.tokens": 1536,
+    "stages.transfer.batch": 4,
+    "stages.finetune.tokens": 1536,
+    "stages.finetune.batch": 4,
+    "stages.finetune.lora.r": 2,
+    "method.mixer.window": 8,
+    "eval.window": 8,
+    "eval.limit": 6,
+    "eval.generate": 8,
+}
+SET = [word for key, value in SMALL.items() for word in ("--set", f"{key}={value}")]
+STAGES = {f"stages.{k}.tokens": 512 for k in ("transfer", "finetune")}
+
+
+@pytest.fixture(scope="module")
+def stories(tmp_path_factory) -> Path:
+    file = tmp_path_factory.mktemp("text") / "stories.jsonl"
+    lines = []
+    for i in range(60):
+        order = torch.randperm(len(WORDS), generator=torch.Generator().manual_seed(i)).tolist()
+        lines.append(json.dumps({"text": " ".join(WORDS[j] for j in order * 3).capitalize() + "."}))
+    file.write_text("\n".join(lines))
+    return file
+
+
+def command(*words: object) -> list[str]:
+    return [sys.executable, "-m", "linearize.cli", *map(str, words)]
+
+
+def environment() -> dict[str, str]:
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
+
+
+def run(*words: object, **more) -> subprocess.CompletedProcess:
+    return subprocess.run(command(*words), env=environment(), capture_output=True, text=True, timeout=600, **more)
+
+
+@pytest.fixture(scope="module")
+def converted(stories, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("out") / "converted"
+    done = run("convert", "--dataset", stories, "-o", folder, *SET, "--set", "eval.window_only=true", "--json")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout)["method"] == "hedgehog"
+    return folder
+
+
+def test_the_folder_holds_what_is_promised(converted):
+    names = {p.name for p in converted.iterdir()}
+    assert {
+        "model.safetensors", "config.json", "tokenizer.json", "resolved_recipe.yaml", "report.json", "report.html",
+        "README.md", "modeling_linearized.py",
+    } <= names  # fmt: skip
+    assert not work_folder(converted).exists()
+    report = json.loads((converted / "report.json").read_text())
+    rows = {row["name"] for row in report["rows"]}
+    assert rows >= {
+        "teacher", "swapped", "after transfer", "student", "zero-token window", "window-only student", "window_off",
+        "linear_off",
+    }  # fmt: skip
+    assert report["state"]["1024"]["state_bytes"] < report["state"]["1024"]["kv_bytes"]
+    assert report["sample"] and report["diagnostics"]["pictures"]
+
+
+def test_it_reloads_and_decodes_the_same_both_ways(converted):
+    from transformers import AutoModelForCausalLM
+
+    ours = linearize.load(converted)
+    theirs = AutoModelForCausalLM.from_pretrained(converted, trust_remote_code=True)
+    ids = torch.arange(3, 23)[None]
+    with torch.no_grad():
+        assert torch.equal(ours(ids).logits, theirs(ids).logits)
+    more = {"max_new_tokens": 8, "do_sample": False}
+    assert torch.equal(ours.generate(ids, **more), theirs.generate(ids, use_cache=False, **more))
+
+
+def test_the_other_commands_read_it(converted, stories):
+    assert api.generate(converted, "Once upon", max_new_tokens=4).tokens == 4
+    measured = api.evaluate(converted, data=str(stories), limit=4, length=48)
+    assert {row.name for row in measured.rows} >= {"teacher", "student", "linear_off", "zero-token window"}
+    assert measured.rows[0].name == "teacher" and measured.rows[0].kl == 0
+    assert len(api.inspect(converted).sites) == 5
+    assert api.report(converted).report.method == "hedgehog"
+
+
+def test_an_adapter_is_small_and_merges_to_the_same_model(stories, tmp_path):
+    settings = {**SMALL, **STAGES, "output.adapter_only": True}
+    api.convert(None, data=str(stories), overrides=settings, output_dir=tmp_path / "adapter")
+    size = sum(p.stat().st_size for p in (tmp_path / "adapter").glob("*.safetensors"))
+    assert size < 4_000_000
+    api.merge(tmp_path / "adapter", tmp_path / "full")
+    ids = torch.arange(3, 23)[None]
+    with torch.no_grad():
+        whole, apart = linearize.load(tmp_path / "full")(ids).logits, linearize.load(tmp_path / "adapter")(ids).logits
+    assert torch.allclose(whole, apart, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------------- surviving
+def weights(folder: Path) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["transfer-", "finetune-", "scores/student"])
+def test_kill_nine_then_resume_gives_the_same_bytes(converted, stories, tmp_path, moment):
+    words = ["convert", "--dataset", stories, "-o", tmp_path / "out", *SET, "--set", "eval.window_only=true"]
+    work = work_folder(tmp_path / "out")
+    with subprocess.Popen(command(*words), env=environment(), stderr=subprocess.DEVNULL) as process:
+        while process.poll() is None and not any(moment in str(p) for p in work.rglob("*")):
+            time.sleep(0.02)
+        assert process.poll() is None, "it ended before it could be killed"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not (tmp_path / "out").exists()
+    again = run(*words)
+    assert again.returncode == 2 and "--resume" in again.stderr
+    done = run(*words, "--resume")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert weights(tmp_path / "out") == weights(converted)
+
+
+def test_control_c_is_130_and_says_how_to_go_on(stories, tmp_path):
+    words = ["convert", "--dataset", stories, "-o", tmp_path / "out", *SET, "--set", "stages.transfer.tokens=400000"]
+    with subprocess.Popen(command(*words), env=environment(), stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and not (work_folder(tmp_path / "out") / "scores").exists():
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=120)
+    assert process.returncode == 130 and "--resume" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_resuming_with_another_plan_is_refused(stories, tmp_path):
+    class Stop(BaseException):
+        pass
+
+    def stop(stage: str, step: int) -> None:
+        raise Stop
+
+    from linearize import conversion
+
+    resolved = api.resolve(None, overrides={**SMALL, "data.source": str(stories), "output.folder": str(tmp_path / "o")})
+    with pytest.raises(Stop):
+        conversion.run(resolved, on_step=stop)
+    other = {**SMALL, "stages.transfer.lr": 1e-3}
+    with pytest.raises(InputError, match="another plan"):
+        api.convert(None, data=str(stories), overrides=other, output_dir=tmp_path / "o", resume=True)
+
+
+def test_a_full_disk_leaves_nothing_behind(stories, tmp_path, monkeypatch):
+    import errno
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(StorageError, match="no space left"):
+        api.convert(None, data=str(stories), overrides={**SMALL, **STAGES}, output_dir=tmp_path / "o")
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_missed_gate_is_written_and_then_raised(stories, tmp_path):
+    settings = {**SMALL, **STAGES, "gate.perplexity_ratio": 1e-6}
+    with pytest.raises(GateError, match="perplexity_ratio"):
+        api.convert(None, data=str(stories), overrides=settings, output_dir=tmp_path / "o")
+    assert (tmp_path / "o" / "report.json").is_file()
+
+
+# ---------------------------------------------------------------------------------------------------------- Python
+def test_a_model_in_hand_is_converted_in_place(stories):
+    loaded = models.load_model()
+    done = linearize.convert(loaded.model, "hedgehog", data=str(stories), overrides={**SMALL, **STAGES})
+    assert done.folder is None and done.model is loaded.model
+    assert done.report.row("student").perplexity > 0
+    done.surgery.detach()
+
+
+def test_a_pure_method_has_no_branches_and_full_tuning_works(stories):
+    loaded = models.load_model()
+    settings = {**SMALL, **STAGES, "method.mixer.window": 0, "method.mixer.sinks": 0, "stages.finetune.mode": "full"}
+    done = linearize.convert(loaded.model, "hedgehog", data=str(stories), overrides=settings)
+    assert done.report.row("linear_off") is None and done.report.row("student") is not None
