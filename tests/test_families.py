@@ -237,7 +237,8 @@ def test_compiles_to_one_graph(family, conversion):
 
 @some_families
 def test_a_windowed_hybrid_compiles_to_one_graph(family):
-    _compiles(family, "window-half", "eager", 0.0)
+    # Eager code skips the merge with sinks of later documents where it sees that there are none.
+    _compiles(family, "window-half", "eager", 1e-6)
 
 
 @pytest.mark.slow
