@@ -447,7 +447,7 @@ def evaluate(
         window=plan.eval.window,
         seed=plan.seed,
     )
-    table = [schema.Row(**row.as_dict()) for row in rows]
+    table = [schema.Row(**asdict(row)) for row in rows]
     return Evaluated(table, described(plan, documents), verdict.judge(table, plan.gate.model_dump()))
 
 

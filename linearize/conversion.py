@@ -13,7 +13,7 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -225,7 +225,7 @@ def text_documents(plan: Plan, tokenizer: Any) -> list[Tensor]:
     source = plan.eval.source or plan.data.valid
     assert source is not None
     texts = text.read_texts(source, split=plan.eval.split, limit=plan.eval.limit)
-    return text.documents(texts, tokenizer, plan.eval.length)
+    return text.documents(texts, tokenizer, plan.eval.length, limit=plan.eval.limit)
 
 
 def held_out(valid: Tokens, plan: Plan) -> list[Tensor]:
@@ -291,7 +291,7 @@ class _Measure:
         """The table, the teacher first."""
         self._recall(quality.TEACHER)
         scores = [self.scores[quality.TEACHER], *(s for n, s in self.scores.items() if n != quality.TEACHER)]
-        return [schema.Row(**row.as_dict()) for row in quality.table(scores, seed=self.plan.seed)]
+        return [schema.Row(**asdict(row)) for row in quality.table(scores, seed=self.plan.seed)]
 
 
 def _rivals(plan: Plan, job: Job, say: Callable[[str], None]) -> dict[str, nn.Module]:

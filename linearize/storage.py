@@ -84,9 +84,7 @@ def check_target(target: str | Path, overwrite: bool = False) -> Path:
     if target.is_file():
         raise InputError(f"output folder {target} is a file: choose another with --output-dir")
     if not overwrite and target.is_dir() and any(target.iterdir()):
-        raise InputError(
-            f"output folder {target} is not empty: choose another with --output-dir, or empty it"
-        )
+        raise InputError(f"output folder {target} is not empty: choose another with --output-dir, or empty it")
     return target
 
 

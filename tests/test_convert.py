@@ -19,7 +19,7 @@ from linearize.conversion import work_folder
 from linearize.types import GateError, InputError, StorageError
 
 ROOT = Path(linearize.__file__).parent.parent
-WORDS = "once upon a time there was a little dog who loved to run and play with a red ball in the sunny park".split()
+STORY = "once upon a time there was a little dog who loved to run and play with a red ball in the sunny park"
 SMALL = {
     "data.length": 64,
     "data.valid_tokens": 512,
@@ -42,8 +42,9 @@ def stories(tmp_path_factory) -> Path:
     file = tmp_path_factory.mktemp("text") / "stories.jsonl"
     lines = []
     for i in range(60):
-        order = torch.randperm(len(WORDS), generator=torch.Generator().manual_seed(i)).tolist()
-        lines.append(json.dumps({"text": " ".join(WORDS[j] for j in order * 3).capitalize() + "."}))
+        words = STORY.split(" ")
+        order = torch.randperm(len(words), generator=torch.Generator().manual_seed(i)).tolist()
+        lines.append(json.dumps({"text": " ".join(words[j] for j in order * 3).capitalize() + "."}))
     file.write_text("\n".join(lines))
     return file
 

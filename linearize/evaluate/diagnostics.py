@@ -140,9 +140,7 @@ def _watch(surgery: Surgery, documents: Sequence[Tensor], look: Any) -> None:
             forward(surgery.model, ids_T[None], torch.ones(1, len(ids_T), dtype=torch.bool))
 
 
-def _both(
-    site: Site, mixer: Mixer, q: Tensor, k: Tensor, v: Tensor, ctx: Context
-) -> tuple[Tensor, Tensor] | None:
+def _both(site: Site, mixer: Mixer, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> tuple[Tensor, Tensor] | None:
     """Weights of teacher and student, or None where the mixer has none."""
     try:
         student = mixer.dense(q, k, v, ctx)

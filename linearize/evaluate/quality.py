@@ -152,9 +152,7 @@ def residual_error(
             for name, enter in variants:
                 with enter() as other:
                     got = _hidden(_chosen(model, other), ids_T)
-                error = [
-                    ((a - b).norm(dim=-1) / b.norm(dim=-1).clamp(min=1e-12)).sum() for a, b in zip(got, wanted)
-                ]
+                error = [((a - b).norm(dim=-1) / b.norm(dim=-1).clamp(min=1e-12)).sum() for a, b in zip(got, wanted)]
                 found[name] = torch.stack(error).double() + found.get(name, 0)
             count += len(ids_T) - 1
     return {name: (total / count).tolist() for name, total in found.items()}
@@ -294,32 +292,6 @@ class Row:
     buckets: dict[str, float] = field(default_factory=dict)
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
 
-    def as_dict(self) -> dict[str, Any]:
-        """For `report.schema.Row`: its fields, and the rest under `parts`."""
-        own = ("name", "tokens", "perplexity", "nll", "kl", "top1", "copy_nll", "copy_share", "gap_closed", "marginal")
-        out = {name: getattr(self, name) for name in (*own, "residual_error", "by_position")}
-        out["parts"] = {f"positions {span}": {"perplexity": value} for span, value in self.buckets.items()}
-        copies = {"nll": self.copy_nll, "marginal": self.marginal_copy, "marginal_share": self.marginal_share}
-        if self.copy_nll is not None:
-            out["parts"]["copy-from-beyond"] = {name: value for name, value in copies.items() if value is not None}
-        for place, side in enumerate(("low", "high")):
-            if self.intervals:
-                out["parts"][f"95 % {side}"] = {name: pair[place] for name, pair in self.intervals.items()}
-        return out
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Does the linear branch do anything? gain, copy_gain: nats per token lost without it, on all and on
-    copy-from-beyond tokens, with 95 % intervals. dead: None where the method has no branch to switch off."""
-
-    dead: bool | None
-    words: str
-    gain: float | None = None
-    interval: tuple[float, float] | None = None
-    copy_gain: float | None = None
-    copy_interval: tuple[float, float] | None = None
-
 
 def compare(
     model: nn.Module,
@@ -450,28 +422,3 @@ def _buckets(score: Score) -> dict[str, float]:
             found[f"{low}-{min(high - 1, last)}"] = float(score.nll_N[inside].double().mean().exp())
         low, high = high, 2 * high
     return found
-
-
-def verdict(rows: Sequence[Row]) -> Verdict:
-    """Whether the linear branch does anything: the nats per token lost without it, by the rows "student" and
-    "linear_off". Dead where the 95 % interval of that gain reaches 0."""
-    student = next((row for row in rows if row.name == STUDENT), None)
-    if student is None or student.marginal is None:
-        return Verdict(None, "The linear branch was not judged: there is no row with it switched off.")
-    span = student.intervals.get("marginal")
-    dead = (student.marginal if span is None else span[0]) <= 0
-    gain = f"{student.marginal:+.4f} nats per token{_span(span)}"
-    copy_span = student.intervals.get("marginal_copy")
-    on_copies = ""
-    if student.marginal_copy is not None:
-        on_copies = f"; on copy-from-beyond tokens {student.marginal_copy:+.4f}{_span(copy_span)}"
-    if student.marginal_share is not None:
-        on_copies += f", {student.marginal_share:.0%} of the window-to-teacher gap"
-    head = "THE LINEAR BRANCH DOES NOTHING: switched off it costs" if dead else "The linear branch works: it gains"
-    return Verdict(
-        dead, f"{head} {gain}{on_copies}.", student.marginal, span, student.marginal_copy, copy_span
-    )
-
-
-def _span(pair: tuple[float, float] | None) -> str:
-    return "" if pair is None else f" (95 %: {pair[0]:+.4f} to {pair[1]:+.4f})"

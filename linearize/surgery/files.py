@@ -503,9 +503,9 @@ def _as_teacher(model: nn.Module) -> Iterator[None]:
 
 def _form(model: nn.Module) -> dict[str, Any]:
     config: Any = model.config
-    sizes = {key: getattr(config.get_text_config(), key, None) for key in _FORM}
-    sizes["model_type"] = sizes["model_type"].removeprefix(PREFIX)
-    return sizes
+    text: Any = config.get_text_config()
+    sizes = {key: getattr(text, key, None) for key in _FORM}
+    return {**sizes, "model_type": text.model_type.removeprefix(PREFIX)}
 
 
 def _recognise(model: nn.Module, base: Mapping[str, Any], name: str) -> None:

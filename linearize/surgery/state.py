@@ -200,6 +200,7 @@ def _fill(cache: Any, index: int, said: dict[str, Any], own: dict[str, Tensor], 
         return
     if said["kind"] == "state":
         layer = state_layer(cache, index)
+        assert layer is not None
         state = tuple(own[f"state.{i}"] for i in range(len(own)))
         specs = mixer.state_spec() if mixer is not None else None
         if specs is None or [tuple(t.shape[1:]) for t in state] != [tuple(spec.shape[1:]) for spec in specs]:
@@ -224,7 +225,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             said = json.loads((file.metadata() or {}).get("linearize", "null"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+            tensors: Any = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
     except (SafetensorError, OSError, ValueError) as error:
         raise StorageError(f"{path} is damaged ({error}): write it again with linearize.prefix") from error
     if said is None:

@@ -174,18 +174,19 @@ def gradients(out: Tensor, wrt: Sequence[Tensor]) -> list[Tensor]:
 @contextlib.contextmanager
 def poisoned_memory() -> Iterator[None]:
     """Fresh memory (torch.empty and its kin) holds NaN: whatever reads it unwritten shows."""
+    deterministic: Any = torch.utils.deterministic
     before = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
-        torch.utils.deterministic.fill_uninitialized_memory,
+        deterministic.fill_uninitialized_memory,
     )
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    deterministic.fill_uninitialized_memory = True
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.utils.deterministic.fill_uninitialized_memory = before[2]
+        deterministic.fill_uninitialized_memory = before[2]
 
 
 # ---------------------------------------------------------------------------------------------- laws of all mixers
