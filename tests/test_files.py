@@ -64,7 +64,7 @@ def python(code: str, *arguments: object, blocked: bool = False) -> subprocess.C
         "        if name.split('.')[0] == 'linearize': raise ModuleNotFoundError(f'No module named {name!r}')\n"
         "sys.meta_path.insert(0, Absent())\n"
     )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, "-c", (block if blocked else "") + code, *map(str, arguments)],
         capture_output=True, text=True, env=environment, timeout=300,
