@@ -225,7 +225,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             said = json.loads((file.metadata() or {}).get("linearize", "null"))
-            tensors: Any = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+            names = file.keys()
+            tensors = {name: cast(Tensor, file.get_tensor(name)) for name in names}
     except (SafetensorError, OSError, ValueError) as error:
         raise StorageError(f"{path} is damaged ({error}): write it again with linearize.prefix") from error
     if said is None:
