@@ -17,7 +17,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -189,6 +189,7 @@ def _describe(layer: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if type(layer) is hf.DynamicLayer or type(layer) is hf.DynamicSlidingWindowLayer:
         if not layer.is_initialized:
             return {}, {"kind": "empty"}
+        assert layer.keys is not None and layer.values is not None
         said = {"kind": "softmax", "tokens": int(layer.get_seq_length())}
         return {"keys": layer.keys, "values": layer.values}, said
     raise Unsupported(f"a {type(layer).__name__} of the cache cannot be written to a file (see linearize.snapshot)")
@@ -226,7 +227,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with safe_open(path, framework="pt") as file:
             said = json.loads((file.metadata() or {}).get("linearize", "null"))
             names = file.keys()
-            tensors = {name: cast(Tensor, file.get_tensor(name)) for name in names}
+            tensors = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError, ValueError) as error:
         raise StorageError(f"{path} is damaged ({error}): write it again with linearize.prefix") from error
     if said is None:
