@@ -75,7 +75,8 @@ def test_overrides():
     assert [s.kind for s in Plan.read("demo", ["stages.finetune=null"]).stages] == ["transfer"]
     assert Plan.read("demo", {"method.name": "window"}).method.mixer == {}
     assert parse_override("a.b=[1, 2e3]") == ("a.b", [1, 2000.0])
-    assert Plan.read("demo").limited(3).stages[0].tokens == 3 * 8 * 256
+    stage = Plan.read("demo").limited(3).stages[0]
+    assert stage.tokens == 3 * stage.batch * 256
 
 
 def test_digest_is_of_what_decides_the_weights():
