@@ -3,153 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from linearize.answers import Benched, Environment, Evaluated, Inspected, Listing, Planned, Reported, Saved, Written
+from linearize.resolve import choose, resolve
 
 if TYPE_CHECKING:
     from torch import nn
 
     from linearize.conversion import Converted
-    from linearize.models import Source
-    from linearize.plan import Plan
-    from linearize.surgery.forecast import Forecast
-    from linearize.types import Site
 
 LISTS = ("methods", "families", "recipes", "embedded")
-
-
-@dataclass(frozen=True)
-class Resolved:
-    """What was asked for, made definite. source is None where the model was handed over, or where only its form is
-    known. recipe: the name of the one used, if any. notes: what a user may not have expected."""
-
-    plan: Plan
-    config: Any
-    source: Source | None
-    recipe: str | None
-    notes: tuple[str, ...] = ()
-
-
-def resolve(
-    model: str | Path | nn.Module | None = None,
-    method: str | None = None,
-    recipe: str | Path | Mapping[str, Any] | None = None,
-    overrides: Mapping[str, Any] | Iterable[str | tuple[str, Any]] = (),
-    *,
-    max_steps: int | None = None,
-    trust_remote_code: bool = False,
-    offline: bool = False,
-) -> Resolved:
-    """The plan for a model, with everything checked that can be without its weights.
-
-    No model is the recipe's own, else the embedded teacher; no recipe is the best for the model's form, else the
-    defaults. offline: a recipe's `model.form` is enough. Raises InputError (all problems at once), Unsupported.
-    """
-    from linearize import models
-    from linearize.plan import Plan, pairs, recipe_for
-    from linearize.types import InputError
-
-    items = pairs(overrides)
-    if method is not None:
-        items.insert(0, ("method.name", method))
-    given = recipe is not None
-    # Reads the recipe before the model: a mistake in it should not wait for a download.
-    plan = Plan.read(recipe, items)
-    source, notes = None, []
-    config: Any
-    if model is not None and not isinstance(model, str | Path):
-        config = model.config
-    elif model is None and offline and plan.model.form and not plan.model.id:
-        config = models.config_of_form(plan.model.form)
-    elif model is None and offline and plan.model.form:
-        config = models.config_of_form(plan.model.form)
-        notes.append(f"sizes are those of the recipe's model.form; {plan.model.id} itself was not asked")
-    else:
-        source = models.source(model if model is not None else plan.model.id, plan.model.revision)
-        config = models.config(source, trust_remote_code)
-    if given and source is not None and source.kind == "embedded" and not _agrees(config, plan.model.form):
-        raise InputError(f"recipe {recipe} is for another model than the embedded one: name it with --model")
-    if not given:
-        recipe = recipe_for(config.to_dict(), plan.method.name)
-        plan = Plan.read(recipe, items)
-    elif model is not None and not _agrees(config, plan.model.form):
-        notes.append(f"recipe {recipe} was made for a model of other sizes")
-    named = str(model) if isinstance(model, str | Path) else plan.model.id if source is not None else None
-    form = plan.model.form if source is None and model is None else _form(config)
-    plan = plan.model_copy(
-        update={"model": plan.model.model_copy(update={"id": named or plan.model.id, "form": form})}
-    ).limited(max_steps)
-    return Resolved(plan.checked(), config, source, None if isinstance(recipe, Mapping) else str(recipe), tuple(notes))
-
-
-def _agrees(config: Any, form: Mapping[str, Any] | None) -> bool:
-    """Whether a model is of the form a recipe was written for (a recipe without a form is for any)."""
-    return all(getattr(config, key, None) == value for key, value in (form or {}).items())
-
-
-def _form(config: Any) -> dict[str, Any]:
-    """The sizes of a model, as `model.form` holds them."""
-    keys = (
-        "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-        "num_key_value_heads", "vocab_size", "max_position_embeddings", "sliding_window",
-    )  # fmt: skip
-    sizes = {key: getattr(config, key, None) for key in keys}
-    return {key: value for key, value in sizes.items() if isinstance(value, int | str)}
-
-
-def choose(plan: Plan, model: nn.Module) -> tuple[list[Site], list[Site], dict[str, str]]:
-    """(all sites of the model, those to convert, why some are left alone).
-
-    With layers "auto" a site whose state would exceed the teacher's own cache at the plan's target length is left
-    alone; layers that are named are converted regardless. Raises Unsupported where nothing remains, or where the
-    method does not fit.
-    """
-    from linearize.mixers import base as mixers
-    from linearize.surgery.select import find, parse_layers, worthwhile
-    from linearize.types import Unsupported
-
-    sites, settings = find(model), plan.mixer()
-    if plan.method.layers == "auto":
-        chosen, left = worthwhile(sites, plan.method.name, settings, plan.method.target_length)
-        if not chosen:
-            reason = next(iter(left.values()))
-            raise Unsupported(f"no layer would gain: {reason}; convert them all the same with --layers all")
-        return sites, chosen, left
-    chosen = parse_layers(plan.method.layers, sites)
-    for site in chosen:
-        kind = "causal" if site.shape.causal else "bidirectional"
-        if kind not in (kinds := mixers.get(plan.method.name).kinds):
-            raise Unsupported(
-                f"method {plan.method.name!r} replaces {' or '.join(sorted(kinds))} attention; {site.name} is {kind}"
-            )
-    return sites, chosen, {}
-
-
-@dataclass(frozen=True)
-class Planned:
-    """What `plan` answers."""
-
-    resolved: Resolved
-    forecast: Forecast
-
-    @property
-    def plan(self) -> Plan:
-        return self.resolved.plan
-
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "recipe": self.resolved.recipe,
-            "digest": self.plan.digest(),
-            "plan": self.plan.model_dump(mode="json"),
-            "forecast": self.forecast.as_dict(),
-            "notes": list(self.resolved.notes),
-        }
-
-    def render(self) -> Any:
-        from linearize.report.terminal import planned
-
-        return planned(self)
 
 
 def plan(
@@ -190,22 +56,6 @@ def plan(
             made.method.target_length,
         ),
     )
-
-
-@dataclass(frozen=True)
-class Listing:
-    """Named things, each with what is known of it, in columns."""
-
-    kind: str
-    rows: list[dict[str, Any]]
-
-    def as_dict(self) -> dict[str, Any]:
-        return {self.kind: self.rows}
-
-    def render(self) -> Any:
-        from linearize.report.terminal import listed
-
-        return listed(self)
 
 
 def listing(kind: str) -> Listing:
@@ -295,23 +145,6 @@ def _embedded() -> list[dict[str, Any]]:
     return rows
 
 
-@dataclass(frozen=True)
-class Environment:
-    """This machine and the libraries on it."""
-
-    machine: dict[str, Any]
-    versions: dict[str, str]
-    commit: dict[str, Any]
-
-    def as_dict(self) -> dict[str, Any]:
-        return {"machine": self.machine, "versions": self.versions, "commit": self.commit}
-
-    def render(self) -> Any:
-        from linearize.report.terminal import surroundings
-
-        return surroundings(self)
-
-
 def environment() -> Environment:
     """What a bug report needs."""
     import torch
@@ -322,7 +155,6 @@ def environment() -> Environment:
     return Environment(provenance.machine(device).model_dump(), provenance.versions(), provenance.commit().model_dump())
 
 
-# ------------------------------------------------------------------------------------------------ the work itself
 def convert(
     model: str | Path | nn.Module | None = None,
     method: str | None = None,
@@ -371,24 +203,6 @@ def convert(
         trust_remote_code=trust_remote_code,
         say=logging.getLogger("linearize").info,
     )
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """A converted model measured again: rows of the table, and what they say about the linear branch."""
-
-    rows: list[Any]
-    evaluation: str
-    verdict: Any
-
-    def as_dict(self) -> dict[str, Any]:
-        rows = [row.model_dump(mode="json") for row in self.rows]
-        return {"evaluation": self.evaluation, "rows": rows, "verdict": self.verdict.model_dump(mode="json")}
-
-    def render(self) -> Any:
-        from linearize.report.terminal import evaluated
-
-        return evaluated(self)
 
 
 def evaluate(
@@ -451,22 +265,6 @@ def evaluate(
     return Evaluated(table, described(plan, documents), verdict.judge(table, plan.gate.model_dump()))
 
 
-@dataclass(frozen=True)
-class Benched:
-    """A benchmark file's content, and where it was written (None: nowhere)."""
-
-    bench: Any
-    file: Path | None
-
-    def as_dict(self) -> dict[str, Any]:
-        return self.bench.model_dump(mode="json")
-
-    def render(self) -> Any:
-        from linearize.report import tables
-
-        return tables.render(tables.bench_table(self.bench), "rich")
-
-
 def bench(
     model: str | Path | nn.Module | None = None,
     method: str | None = None,
@@ -519,26 +317,6 @@ def bench(
     return Benched(made, file)
 
 
-@dataclass(frozen=True)
-class Written:
-    """A text and what a converted model went on with. state_bytes: what it kept to do so."""
-
-    prompt: str
-    text: str
-    tokens: int
-    tokens_per_second: float
-    state_bytes: int
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def render(self) -> Any:
-        from rich.text import Text
-
-        speed = f"{self.tokens} tokens, {self.tokens_per_second:.1f} tokens/s, state of {self.state_bytes:,} bytes"
-        return Text.assemble((self.prompt, "dim"), self.text, (f"\n{speed}", "dim"))
-
-
 def generate(
     model: str | Path,
     prompt: str = "",
@@ -585,24 +363,6 @@ def generate(
     return Written(prompt, text, len(out), len(out) / seconds, kept)
 
 
-@dataclass(frozen=True)
-class Inspected:
-    """A model's attention layers: what each is, and what became of it."""
-
-    model: str
-    method: str | None
-    settings: dict[str, Any]
-    sites: list[dict[str, Any]]
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def render(self) -> Any:
-        from linearize.report.terminal import inspected
-
-        return inspected(self)
-
-
 def inspect(model: str | Path | nn.Module | None = None, *, trust_remote_code: bool = False) -> Inspected:
     """The attention of a model, from its configuration; of a converted folder also its mixers. Raises Unsupported."""
     from linearize import models
@@ -637,20 +397,6 @@ def inspect(model: str | Path | nn.Module | None = None, *, trust_remote_code: b
     return Inspected(name, surgery.method if surgery else None, settings, rows)
 
 
-@dataclass(frozen=True)
-class Saved:
-    """A folder or file that was written."""
-
-    folder: Path
-    what: str
-
-    def as_dict(self) -> dict[str, Any]:
-        return {"folder": str(self.folder), "what": self.what}
-
-    def render(self) -> Any:
-        return f"{self.what}: {self.folder}"
-
-
 def merge(model: str | Path, output_dir: str | Path) -> Saved:
     """Fold an adapter folder's LoRA into its base, in float32, and write the full checkpoint. Raises InputError."""
     from linearize import models
@@ -673,25 +419,6 @@ def export(model: str | Path, output_dir: str | Path, *, form: str = "safetensor
 
     loaded = models.load_model(model)
     return Saved(write(loaded.model, output_dir, form, loaded.tokenizer), form)
-
-
-@dataclass(frozen=True)
-class Reported:
-    """A report read again, or the README brought up to date."""
-
-    report: Any = None
-    folder: Path | None = None
-    changed: tuple[str, ...] = ()
-
-    def as_dict(self) -> dict[str, Any]:
-        return {"changed": list(self.changed)} if self.report is None else self.report.model_dump(mode="json")
-
-    def render(self) -> Any:
-        from linearize.report.summary import summary
-
-        if self.report is None:
-            return "updated: " + ", ".join(self.changed) if self.changed else "everything is up to date"
-        return summary(self.report, self.folder)
 
 
 def report(model: str | Path | None = None, *, update_readme: bool = False, check: bool = False) -> Reported:

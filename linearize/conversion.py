@@ -21,13 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from linearize import models
-from linearize.api import Resolved, choose
+from linearize.answers import Resolved
 from linearize.data import text
 from linearize.data.selfgen import fingerprint, selfgen
 from linearize.data.text import Tokens
 from linearize.evaluate import diagnostics, generation, quality
 from linearize.plan import FinetunePlan, Plan, TransferPlan
 from linearize.report import card, html, provenance, schema, verdict
+from linearize.resolve import choose
 from linearize.stages.base import Job
 from linearize.stages.finetune import finetune
 from linearize.stages.merge import merge

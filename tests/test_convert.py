@@ -164,8 +164,9 @@ def test_resuming_with_another_plan_is_refused(stories, tmp_path):
         raise Stop
 
     from linearize import conversion
+    from linearize.resolve import resolve
 
-    resolved = api.resolve(None, overrides={**SMALL, "data.source": str(stories), "output.folder": str(tmp_path / "o")})
+    resolved = resolve(None, overrides={**SMALL, "data.source": str(stories), "output.folder": str(tmp_path / "o")})
     with pytest.raises(Stop):
         conversion.run(resolved, on_step=stop)
     other = {**SMALL, "stages.transfer.lr": 1e-3}

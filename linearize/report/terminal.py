@@ -14,7 +14,7 @@ from linearize.report import tables
 from linearize.report.tables import count, size
 
 if TYPE_CHECKING:
-    from linearize.api import Environment, Evaluated, Inspected, Listing, Planned
+    from linearize.answers import Environment, Evaluated, Inspected, Listing, Planned
 
 
 def _table(*columns: str, title: str | None = None) -> Table:

@@ -1,0 +1,110 @@
+"""From what was asked for to a definite plan, and to the layers it means."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from linearize.answers import Resolved
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from linearize.plan import Plan
+    from linearize.types import Site
+
+
+def resolve(
+    model: str | Path | nn.Module | None = None,
+    method: str | None = None,
+    recipe: str | Path | Mapping[str, Any] | None = None,
+    overrides: Mapping[str, Any] | Iterable[str | tuple[str, Any]] = (),
+    *,
+    max_steps: int | None = None,
+    trust_remote_code: bool = False,
+    offline: bool = False,
+) -> Resolved:
+    """The plan for a model, with everything checked that can be without its weights.
+
+    No model is the recipe's own, else the embedded teacher; no recipe is the best for the model's form, else the
+    defaults. offline: a recipe's `model.form` is enough. Raises InputError (all problems at once), Unsupported.
+    """
+    from linearize import models
+    from linearize.plan import Plan, pairs, recipe_for
+    from linearize.types import InputError
+
+    items = pairs(overrides)
+    if method is not None:
+        items.insert(0, ("method.name", method))
+    given = recipe is not None
+    # Reads the recipe before the model: a mistake in it should not wait for a download.
+    plan = Plan.read(recipe, items)
+    source, notes = None, []
+    config: Any
+    if model is not None and not isinstance(model, str | Path):
+        config = model.config
+    elif model is None and offline and plan.model.form and not plan.model.id:
+        config = models.config_of_form(plan.model.form)
+    elif model is None and offline and plan.model.form:
+        config = models.config_of_form(plan.model.form)
+        notes.append(f"sizes are those of the recipe's model.form; {plan.model.id} itself was not asked")
+    else:
+        source = models.source(model if model is not None else plan.model.id, plan.model.revision)
+        config = models.config(source, trust_remote_code)
+    if given and source is not None and source.kind == "embedded" and not _agrees(config, plan.model.form):
+        raise InputError(f"recipe {recipe} is for another model than the embedded one: name it with --model")
+    if not given:
+        recipe = recipe_for(config.to_dict(), plan.method.name)
+        plan = Plan.read(recipe, items)
+    elif model is not None and not _agrees(config, plan.model.form):
+        notes.append(f"recipe {recipe} was made for a model of other sizes")
+    named = str(model) if isinstance(model, str | Path) else plan.model.id if source is not None else None
+    form = plan.model.form if source is None and model is None else _form(config)
+    plan = plan.model_copy(
+        update={"model": plan.model.model_copy(update={"id": named or plan.model.id, "form": form})}
+    ).limited(max_steps)
+    return Resolved(plan.checked(), config, source, None if isinstance(recipe, Mapping) else str(recipe), tuple(notes))
+
+
+def _agrees(config: Any, form: Mapping[str, Any] | None) -> bool:
+    """Whether a model is of the form a recipe was written for (a recipe without a form is for any)."""
+    return all(getattr(config, key, None) == value for key, value in (form or {}).items())
+
+
+def _form(config: Any) -> dict[str, Any]:
+    """The sizes of a model, as `model.form` holds them."""
+    keys = (
+        "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+        "num_key_value_heads", "vocab_size", "max_position_embeddings", "sliding_window",
+    )  # fmt: skip
+    sizes = {key: getattr(config, key, None) for key in keys}
+    return {key: value for key, value in sizes.items() if isinstance(value, int | str)}
+
+
+def choose(plan: Plan, model: nn.Module) -> tuple[list[Site], list[Site], dict[str, str]]:
+    """(all sites of the model, those to convert, why some are left alone).
+
+    With layers "auto" a site whose state would exceed the teacher's own cache at the plan's target length is left
+    alone; layers that are named are converted regardless. Raises Unsupported where nothing remains, or where the
+    method does not fit.
+    """
+    from linearize.mixers import base as mixers
+    from linearize.surgery.select import find, parse_layers, worthwhile
+    from linearize.types import Unsupported
+
+    sites, settings = find(model), plan.mixer()
+    if plan.method.layers == "auto":
+        chosen, left = worthwhile(sites, plan.method.name, settings, plan.method.target_length)
+        if not chosen:
+            reason = next(iter(left.values()))
+            raise Unsupported(f"no layer would gain: {reason}; convert them all the same with --layers all")
+        return sites, chosen, left
+    chosen = parse_layers(plan.method.layers, sites)
+    for site in chosen:
+        kind = "causal" if site.shape.causal else "bidirectional"
+        if kind not in (kinds := mixers.get(plan.method.name).kinds):
+            raise Unsupported(
+                f"method {plan.method.name!r} replaces {' or '.join(sorted(kinds))} attention; {site.name} is {kind}"
+            )
+    return sites, chosen, {}
