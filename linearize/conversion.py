@@ -201,7 +201,7 @@ def _data(
         )  # fmt: skip
     else:
         sequences = _read(source, plan, tokenizer)
-    sequences.check(model.config, allow_longer=settings.allow_longer)
+    sequences.check(model.config, allow_longer=plan.longer())
     if plan.eval.source or settings.valid:
         return sequences, None
     return sequences.hold_out(settings.valid_tokens)

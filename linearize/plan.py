@@ -238,6 +238,10 @@ class Plan(BaseModel):
 
         return base.configure(self.method.name, self.method.mixer)
 
+    def longer(self) -> bool:
+        """Whether sequences may be longer than the model's positions: asked for, or none is ever looked up."""
+        return self.data.allow_longer or _unbounded(self, self.mixer())
+
     def stage(self, kind: str) -> StagePlan | None:
         """The first stage of a kind, if there is one."""
         return next((stage for stage in self.stages if stage.kind == kind), None)
@@ -279,9 +283,7 @@ class Plan(BaseModel):
                 "model.form: needs model_type, the name transformers gives the architecture (llama, gpt2, ...)"
             )
         positions = (form or {}).get("max_position_embeddings") or (form or {}).get("n_positions")
-        unbounded = getattr(settings, "rope", "keep") == "undo" and not getattr(settings, "window", 0)
-        unbounded = unbounded and self.method.layers in ("auto", "all")  # no position is ever looked up
-        if positions and self.data.length > positions and not (self.data.allow_longer or unbounded):
+        if positions and self.data.length > positions and not (self.data.allow_longer or _unbounded(self, settings)):
             found.append(
                 f"data.length: {self.data.length} is more than the model's {positions} positions:"
                 " shorten it, or pass --allow-longer"
@@ -349,6 +351,12 @@ class Plan(BaseModel):
         if self.measured:
             lines.append(f"measured  {self.measured}")
         return "\n".join(lines)
+
+
+def _unbounded(plan: Plan, settings: Any) -> bool:
+    """Every layer linear over everything, without RoPE."""
+    no_positions = getattr(settings, "rope", "keep") == "undo" and not getattr(settings, "window", 0)
+    return no_positions and plan.method.layers in ("auto", "all")
 
 
 # ------------------------------------------------------------------------------------------------ recipes by name
