@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from linearize.answers import Benched, Environment, Evaluated, Inspected, Listing, Planned, Reported, Saved, Written
-from linearize.resolve import choose, resolve
+from linearize.resolve import choose, fitting, resolve
 
 if TYPE_CHECKING:
     from torch import nn
@@ -43,6 +43,8 @@ def plan(
     skeleton: Any = models.skeleton(resolved.config, trust_remote_code) if named else model
     sites, chosen, left = choose(made, skeleton)
     lengths: Sequence[int] = sorted({*made.eval.lengths, made.method.target_length})
+    made, idle = fitting(made, chosen, resolved.recipe)
+    resolved = replace(resolved, plan=made, notes=(*resolved.notes, *idle))
     return Planned(
         resolved,
         forecast(
@@ -218,26 +220,28 @@ def evaluate(
 ) -> Evaluated:
     """Measure a converted folder against its teacher, the zero-token window and its own branches.
 
-    data: a text source; None: the recipe's `eval.source`. teacher: the model that was converted (None: what the
-    folder's report names). Raises InputError, StorageError.
+    data: a text source; None: the recipe's, or the held-out text in the folder. teacher: the model that was converted
+    (None: what the folder's recipe names). Raises InputError, StorageError.
     """
     from contextlib import nullcontext
     from functools import partial
 
     from linearize import models
-    from linearize.conversion import described, text_documents
+    from linearize.conversion import HELD_OUT, described, read_documents, text_documents
     from linearize.evaluate import quality
     from linearize.plan import Plan
     from linearize.report import schema, verdict
     from linearize.surgery.attach import Surgery
     from linearize.types import InputError
 
-    written = schema.read(model, schema.Report)
-    plan = Plan.read(written.plan)
+    folder = Path(model)
+    if not (folder / "resolved_recipe.yaml").is_file():
+        raise InputError(f"{model} is no folder that convert wrote: it has no resolved_recipe.yaml")
+    plan = Plan.read(folder / "resolved_recipe.yaml")
     changed = {k: v for k, v in {"source": data, "limit": limit, "length": length}.items() if v is not None}
-    plan = plan.model_copy(update={"eval": plan.eval.model_copy(update=changed), "seed": seed or plan.seed})
-    if not (plan.eval.source or plan.data.valid):
-        raise InputError("this model's recipe measured on text that its teacher wrote: name a text with --dataset")
+    plan = plan.model_copy(
+        update={"eval": plan.eval.model_copy(update=changed), "seed": plan.seed if seed is None else seed}
+    )
     student = models.load_model(model, device=device, trust_remote_code=trust_remote_code)
     surgery = Surgery.of(student.model)
     if surgery is None:
@@ -245,7 +249,12 @@ def evaluate(
     base = models.load_model(
         teacher or plan.model.id, dtype=student.model.dtype, device=device, trust_remote_code=trust_remote_code
     ).model
-    documents = text_documents(plan, student.tokenizer)
+    if plan.eval.source or plan.data.valid:
+        documents = text_documents(plan, student.tokenizer)
+    elif (folder / HELD_OUT).is_file():
+        documents = [ids[:length] for ids in read_documents(folder / HELD_OUT)[:limit]]
+    else:
+        raise InputError("this folder holds no text to measure on: name one with --dataset")
     window = quality.baseline(base, "window", {"window": plan.eval.window, "sinks": plan.eval.sinks})
     branches = sorted({branch for mixer in surgery.mixers.values() for branch in mixer.branches})
     rows = quality.compare(

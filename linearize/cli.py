@@ -70,7 +70,11 @@ def _overrides(set_: list[str] | None, **flags: Any) -> list[str | tuple[str, An
         "allow_longer": "data.allow_longer",
         "adapter_only": "output.adapter_only",
     }
-    given = [(paths[key], str(v) if isinstance(v, Path) else v) for key, v in flags.items() if v not in (None, False)]
+    given = [
+        (paths[key], str(v) if isinstance(v, Path) else v)
+        for key, v in flags.items()
+        if v is not None and v is not False
+    ]
     return [*given, *(set_ or [])]
 
 
@@ -108,10 +112,15 @@ def convert(
     if dry_run:
         _show(api.plan(model, method, recipe, overrides, **common), json)
         return
-    _show(
-        api.convert(model, method, recipe=recipe, overrides=overrides, device=device, resume=resume, **common),
-        json,
-    )
+    from linearize.types import GateError
+
+    try:
+        done = api.convert(model, method, recipe=recipe, overrides=overrides, device=device, resume=resume, **common)
+    except GateError as error:
+        if error.answer is not None:
+            _show(error.answer, json)
+        raise
+    _show(done, json)
 
 
 def plan(

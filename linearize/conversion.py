@@ -28,7 +28,7 @@ from linearize.data.text import Tokens
 from linearize.evaluate import diagnostics, generation, quality
 from linearize.plan import FinetunePlan, Plan, TransferPlan
 from linearize.report import card, html, provenance, schema, verdict
-from linearize.resolve import choose
+from linearize.resolve import choose, fitting
 from linearize.stages.base import Job
 from linearize.stages.finetune import finetune
 from linearize.stages.merge import merge
@@ -37,11 +37,12 @@ from linearize.storage import atomic_folder, check_target, write_atomic
 from linearize.surgery import files
 from linearize.surgery.attach import CHILD, Surgery, attach
 from linearize.surgery.select import break_even
-from linearize.types import InputError, Site, StageReport
+from linearize.types import GateError, InputError, Site, StageReport
 
 if TYPE_CHECKING:
     from linearize.report.schema import Report
 
+HELD_OUT = "held_out.safetensors"
 PROMPT_TOKENS = 24  # of a prompt for the side-by-side sample
 DIAGNOSED = 4  # documents whose attention maps are looked into
 PICTURED = 96  # tokens of an attention picture
@@ -95,6 +96,8 @@ def run(
     target = None if plan.output.folder is None else Path(plan.output.folder)
     work = Work(None)
     if target is not None:
+        if resume and (target / "report.json").is_file():
+            return _finished(target, plan)
         check_target(target)
         work = _work(target, resume)
     if model is None:
@@ -111,6 +114,8 @@ def run(
     model.eval()
 
     sites, chosen, left = choose(plan, model)
+    plan, idle = fitting(plan, chosen, resolved.recipe)
+    resolved = replace(resolved, plan=plan, notes=(*resolved.notes, *idle))
     say(f"{len(chosen)} of {len(sites)} attention layers will be converted to {plan.method.name}")
     original = fingerprint(model)
     train_data, valid = _data(plan, model, tokenizer, data, work, say)
@@ -118,14 +123,17 @@ def run(
     digest = hashlib.sha256(f"{plan.digest()}{original}{train_data.digest}".encode()).hexdigest()
     _check_digest(work, digest)
 
+    full = any(isinstance(stage, FinetunePlan) and stage.mode == "full" for stage in plan.stages)
+    frozen = copy.deepcopy(model) if full else None  # full fine-tuning changes what LoRA would leave alone
     job = Job(
         model=model, surgery=attach(model, chosen, plan.method.name, plan.mixer()), data=train_data, seed=plan.seed,
         work=work.sub("checkpoints"), digest=digest, resume=work.folder is not None, on_step=on_step,
     )  # fmt: skip
     surgery = job.surgery
-    measure = _Measure(plan, work, documents, surgery)
+    teacher = surgery.teacher if frozen is None else lambda: nullcontext(frozen)
+    measure = _Measure(plan, work, documents, surgery, teacher)
     measure.add(("swapped", nullcontext))
-    rivals = _rivals(plan, job, say)
+    rivals = _rivals(plan, job, frozen, say)
     reports = []
     for index, stage in enumerate(plan.stages):
         say(f"stage {stage.kind}: {stage.tokens:,} tokens in {stage.steps(train_data.length):,} steps")
@@ -142,11 +150,28 @@ def run(
     report = _report(resolved, job, sites, left, measure, reports, tokenizer, command)
     if target is not None:
         say(f"writing {target}")
-        _write(target, job, tokenizer, report, plan)
+        _write(target, job, tokenizer, report, plan, documents if valid is not None else None)
         if work.folder is not None:
             shutil.rmtree(work.folder, ignore_errors=True)
-    verdict.enforce(report.verdict)
-    return Converted(model, surgery, report, tokenizer, target)
+    done = Converted(model, surgery, report, tokenizer, target)
+    try:
+        verdict.enforce(report.verdict)
+    except GateError as error:
+        error.answer = done  # the table is worth seeing all the same
+        raise
+    return done
+
+
+def _finished(target: Path, plan: Plan) -> Converted:
+    """What is in the folder of a run that had ended before it was resumed."""
+    report = schema.read(target, schema.Report)
+    if report.plan_digest != plan.digest():
+        raise InputError(f"{target} holds the result of another plan: choose another --output-dir")
+    shutil.rmtree(work_folder(target), ignore_errors=True)
+    model = models.load(target)
+    surgery = Surgery.of(model)
+    assert surgery is not None
+    return Converted(model, surgery, report, None, target)
 
 
 def run_stage(job: Job, stage: TransferPlan | FinetunePlan) -> StageReport:
@@ -197,7 +222,7 @@ def _data(
         say(f"the teacher writes {wanted:,} tokens")
         sequences = selfgen(
             model, tokenizer, wanted, settings.length, seed=plan.seed, batch=settings.self_batch,
-            folder=work.sub("selfgen"), completion_only=settings.completion_only,
+            folder=work.sub("selfgen"), completion_only=settings.completion_only, allow_longer=plan.longer(),
         )  # fmt: skip
     else:
         sequences = _read(source, plan, tokenizer)
@@ -246,16 +271,19 @@ def held_out(valid: Tokens, plan: Plan) -> list[Tensor]:
 class _Measure:
     """Scores of every row on the same documents; those of a finished step are kept in the work folder."""
 
-    def __init__(self, plan: Plan, work: Work, documents: list[Tensor], surgery: Surgery) -> None:
-        self.plan, self.work, self.documents, self.surgery = plan, work, documents, surgery
+    def __init__(
+        self, plan: Plan, work: Work, documents: list[Tensor], surgery: Surgery, teacher: Callable[[], Any]
+    ) -> None:
+        self.plan, self.work, self.documents, self.surgery, self.teacher = plan, work, documents, surgery, teacher
         self.scores: dict[str, quality.Score] = {}
 
     def add(self, *variants: quality.Variant) -> None:
+        self._recall(quality.TEACHER)
         missing = [v for v in variants if not self._recall(v[0])]
         if not missing:
             return
         found = quality.measure(
-            self.surgery.model, self.documents, missing, teacher=self.surgery.teacher, batch=self.plan.eval.batch,
+            self.surgery.model, self.documents, missing, teacher=self.teacher, batch=self.plan.eval.batch,
             window=self.plan.eval.window,
         )  # fmt: skip
         for score in found:
@@ -290,20 +318,20 @@ class _Measure:
 
     def rows(self) -> list[schema.Row]:
         """The table, the teacher first."""
-        self._recall(quality.TEACHER)
         scores = [self.scores[quality.TEACHER], *(s for n, s in self.scores.items() if n != quality.TEACHER)]
         return [schema.Row(**asdict(row)) for row in quality.table(scores, seed=self.plan.seed)]
 
 
-def _rivals(plan: Plan, job: Job, say: Callable[[str], None]) -> dict[str, nn.Module]:
+def _rivals(plan: Plan, job: Job, frozen: nn.Module | None, say: Callable[[str], None]) -> dict[str, nn.Module]:
     """What the student has to beat: modules that share the teacher's weights. Made before LoRA is injected."""
     window = {"window": plan.eval.window, "sinks": plan.eval.sinks}
-    found = {quality.WINDOW: quality.baseline(job.model, "window", window)}
+    teacher = job.model if frozen is None else frozen
+    found = {quality.WINDOW: quality.baseline(teacher, "window", window, job.surgery.sites)}
     last = plan.stage("finetune")
     if plan.eval.window_only and isinstance(last, FinetunePlan):
         tokens = sum(stage.tokens for stage in plan.stages)
         say(f"training a window-only student on the same {tokens:,} tokens")
-        twin = quality.baseline(job.model, "window", window)
+        twin = quality.baseline(teacher, "window", window, job.surgery.sites)
         if last.mode == "full":
             twin = copy.deepcopy(twin)
         surgery = Surgery.of(twin)
@@ -330,10 +358,12 @@ def _report(
     window = next((row for row in rows if row.name == quality.WINDOW), None)
     if window is not None:
         window.cache_bytes = {n: sum(_window_bytes(s, plan) for s in sites) for n in plan.eval.lengths}
-    sample, written = _written(plan, surgery, measure.documents, tokenizer)
+    sample, written = _written(plan, surgery, measure, tokenizer)
     converted = {site.name for site in surgery.sites}
     base: Any = model.config
-    even = next((n for n in (break_even(s, surgery.method, surgery.config) for s in surgery.sites) if n), None)
+    even = next(
+        (n for n in (break_even(s, type(surgery.mixers[s.name]), surgery.config) for s in surgery.sites) if n), None
+    )
     return schema.Report(
         **provenance.gather(command, next(model.parameters()).device),
         model=schema.Model(
@@ -371,16 +401,17 @@ def _report(
 
 
 def _written(
-    plan: Plan, surgery: Surgery, documents: list[Tensor], tokenizer: Any
+    plan: Plan, surgery: Surgery, measure: _Measure, tokenizer: Any
 ) -> tuple[list[schema.Sample], schema.Generation | None]:
     """What both write behind the same prompts, and how the teacher likes it."""
+    documents = measure.documents
     long_enough = [ids for ids in documents if len(ids) > PROMPT_TOKENS]
     if tokenizer is None or plan.eval.generate < 4 or not long_enough:
         return [], None
     model: Any = surgery.model
     given = generation.prompts(long_enough, PROMPT_TOKENS, 16)
     found = generation.generation(
-        model, tokenizer, given, new=plan.eval.generate, teacher=surgery.teacher, seed=plan.seed, temperature=0.8
+        model, tokenizer, given, new=plan.eval.generate, teacher=measure.teacher, seed=plan.seed, temperature=0.8
     )
     return [schema.Sample(**vars(s)) for s in found.samples], schema.Generation(**found.as_dict())
 
@@ -421,7 +452,23 @@ def described(plan: Plan, documents: list[Tensor]) -> str:
     return f"{name}: {len(documents)} documents of at most {plan.eval.length} tokens"
 
 
-def _write(target: Path, job: Job, tokenizer: Any, report: Report, plan: Plan) -> None:
+def write_documents(documents: list[Tensor], path: Path) -> None:
+    """The held-out documents a table was measured on, so that `eval` can measure on them again."""
+    from safetensors.torch import save
+
+    sizes = torch.tensor([len(ids) for ids in documents])
+    write_atomic(path, save({"ids": torch.cat(documents), "sizes": sizes}))
+
+
+def read_documents(path: Path) -> list[Tensor]:
+    """What write_documents wrote."""
+    from safetensors.torch import load
+
+    kept = load(path.read_bytes())
+    return list(kept["ids"].split(kept["sizes"].tolist()))
+
+
+def _write(target: Path, job: Job, tokenizer: Any, report: Report, plan: Plan, documents: list[Tensor] | None) -> None:
     """The output folder, whole or not at all."""
     with atomic_folder(target) as folder:
         if plan.output.adapter_only:
@@ -430,6 +477,8 @@ def _write(target: Path, job: Job, tokenizer: Any, report: Report, plan: Plan) -
             if any("lora_" in name for name, _ in job.model.named_parameters()):
                 merge(job.model)
             files.write(job.surgery, folder, tokenizer)
+        if documents is not None:
+            write_documents(documents, folder / HELD_OUT)
         write_atomic(folder / "resolved_recipe.yaml", plan.dump())
         schema.write(report, folder / "report.json")
         html.write_html(report, folder / "report.html")

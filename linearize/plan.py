@@ -303,6 +303,8 @@ class Plan(BaseModel):
                 found.append(f"stages.{at}: nothing to learn: give kl, lm or hidden a weight above 0")
         if self.output.adapter_only and any(getattr(stage, "mode", "") == "full" for stage in self.stages):
             found.append("output.adapter_only: full fine-tuning changes the base: write the model, or use mode: lora")
+        if self.data.chat and self.data.source in (None, "self"):
+            found.append("data.chat: the teacher cannot invent conversations: name a source of them")
         if self.data.completion_only and not self.data.chat:
             found.append("data.completion_only: needs data.chat, which knows whose turn a token belongs to")
         if self.eval.window <= self.eval.sinks:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,12 +59,16 @@ def resolve(
         plan = Plan.read(recipe, items)
     elif model is not None and not _agrees(config, plan.model.form):
         notes.append(f"recipe {recipe} was made for a model of other sizes")
-    named = str(model) if isinstance(model, str | Path) else plan.model.id if source is not None else None
+    if model is None:
+        named = plan.model.id
+    else:
+        named = str(model) if isinstance(model, str | Path) else getattr(model, "name_or_path", None)
     form = plan.model.form if source is None and model is None else _form(config)
-    plan = plan.model_copy(
-        update={"model": plan.model.model_copy(update={"id": named or plan.model.id, "form": form})}
-    ).limited(max_steps)
-    return Resolved(plan.checked(), config, source, None if isinstance(recipe, Mapping) else str(recipe), tuple(notes))
+    plan = plan.model_copy(update={"model": plan.model.model_copy(update={"id": named or None, "form": form})}).limited(
+        max_steps
+    )
+    label = None if recipe is None or isinstance(recipe, Mapping) else str(recipe)
+    return Resolved(plan.checked(), config, source, label, tuple(notes))
 
 
 def _agrees(config: Any, form: Mapping[str, Any] | None) -> bool:
@@ -108,3 +112,25 @@ def choose(plan: Plan, model: nn.Module) -> tuple[list[Site], list[Site], dict[s
                 f"method {plan.method.name!r} replaces {' or '.join(sorted(kinds))} attention; {site.name} is {kind}"
             )
     return sites, chosen, {}
+
+
+def fitting(plan: Plan, chosen: Sequence[Site], recipe: str | None) -> tuple[Plan, list[str]]:
+    """(plan, notes) without the stages that a method with nothing to learn cannot use.
+
+    Nothing to transfer: transfer stages go. Without a recipe that asks for more, such a method is a zero-token
+    baseline, and fine-tuning goes as well.
+    """
+    import torch
+
+    from linearize.mixers import base
+
+    with torch.device("meta"):
+        mixer = base.build(plan.method.name, chosen[0].shape, plan.mixer())
+    if any(True for _ in mixer.parameters()):
+        return plan, []
+    kept = [stage for stage in plan.stages if stage.kind != "transfer"] if recipe is not None else []
+    if len(kept) == len(plan.stages):
+        return plan, []
+    words = "transfer is" if kept else "all stages are"
+    note = f"{plan.method.name} has no parameters: {words} left out"
+    return plan.model_copy(update={"stages": kept}), [note]

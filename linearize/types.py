@@ -198,9 +198,10 @@ class Unsupported(LinearizeError):
 
 
 class GateError(LinearizeError):
-    """Numerics went wrong, or a quality gate of the recipe was missed."""
+    """Numerics went wrong, or a quality gate of the recipe was missed (then `answer` is the finished conversion)."""
 
     code = 4
+    answer: Any = None
 
 
 class StorageError(LinearizeError):

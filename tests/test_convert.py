@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import signal
@@ -102,7 +103,9 @@ def test_it_reloads_and_decodes_the_same_both_ways(converted):
 
 def test_the_other_commands_read_it(converted, stories):
     assert api.generate(converted, "Once upon", max_new_tokens=4).tokens == 4
-    measured = api.evaluate(converted, data=str(stories), limit=4, length=48)
+    measured = api.evaluate(converted, limit=4, length=48)  # on the held-out text in the folder
+    again = api.evaluate(converted, data=str(stories), limit=4, length=48)
+    assert again.evaluation != measured.evaluation
     assert {row.name for row in measured.rows} >= {"teacher", "student", "linear_off", "zero-token window"}
     assert measured.rows[0].name == "teacher" and measured.rows[0].kl == 0
     assert len(api.inspect(converted).sites) == 5
@@ -184,6 +187,29 @@ def test_a_full_disk_leaves_nothing_behind(stories, tmp_path, monkeypatch):
     with pytest.raises(StorageError, match="no space left"):
         api.convert(None, data=str(stories), overrides={**SMALL, **STAGES}, output_dir=tmp_path / "o")
     assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("method", ["window", "none"])
+def test_a_method_without_parameters_is_not_trained(stories, tmp_path, method):
+    settings = {k: v for k, v in SMALL.items() if not k.startswith(("method", "stages"))}
+    done = api.convert(None, method, data=str(stories), overrides=settings, output_dir=tmp_path / "o")
+    assert done.report.stages == [] and any("no parameters" in note for note in done.report.notes)
+
+
+def test_full_tuning_is_measured_against_the_original(stories):
+    loaded = models.load_model()
+    base = copy.deepcopy(loaded.model)
+    settings = {**SMALL, **STAGES, "stages.finetune.mode": "full", "stages.finetune.lr": 0.01}
+    done = linearize.convert(loaded.model, data=str(stories), overrides=settings)
+    again = linearize.convert(base, data=str(stories), overrides={**SMALL, **STAGES})
+    assert done.report.row("teacher").nll == again.report.row("teacher").nll
+
+
+def test_a_finished_run_is_not_redone(converted, stories):
+    words = ["convert", "--dataset", stories, "-o", converted, *SET, "--set", "eval.window_only=true"]
+    before = (converted / "report.json").stat().st_mtime_ns
+    assert run(*words, "--resume").returncode == 0
+    assert (converted / "report.json").stat().st_mtime_ns == before
 
 
 def test_a_missed_gate_is_written_and_then_raised(stories, tmp_path):

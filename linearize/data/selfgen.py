@@ -39,6 +39,7 @@ def selfgen(
     top_p: float = 1.0,
     prompts: Sequence[str] | Sequence[Chat] | None = None,
     completion_only: bool = False,
+    allow_longer: bool = False,
     folder: str | Path | None = None,
     progress: bool | None = None,
 ) -> Tokens:
@@ -56,7 +57,7 @@ def selfgen(
     """
     if tokens < 1 or batch < 1 or temperature <= 0 or not 0 < top_p <= 1:
         raise InputError("self-generated data needs tokens and batch of at least 1, temperature > 0, 0 < top_p <= 1")
-    check_length(length, model.config)
+    check_length(length, model.config, allow_longer)
     asked = None if prompts is None else _prompt_ids(prompts, tokenizer, length)
     settings = {
         "version": VERSION,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from linearize.data.selfgen import end_tokens, sample
-from linearize.evaluate.quality import evaluating, forward
+from linearize.evaluate.quality import chosen, evaluating, forward
 from linearize.types import InputError
 
 if TYPE_CHECKING:
@@ -92,15 +92,14 @@ def generation(
         ids = torch.stack([torch.nn.functional.pad(p.cpu(), (width - len(p), 0), value=pad) for p in part])
         real = torch.stack([torch.arange(width) >= width - len(p) for p in part])
         for name, enter in (("teacher", teacher), ("student", student)):
-            with enter():
-                out = sample(
-                    model, ids, real.long(), new, seed=None if greedy else seed + at, temperature=temperature,
-                    top_p=top_p, ends=ends,
-                )  # fmt: skip
+            with enter() as other:
+                writer: Any = chosen(model, other)
+                draw = None if greedy else seed + at
+                out = sample(writer, ids, real.long(), new, seed=draw, temperature=temperature, top_p=top_p, ends=ends)
             rows = [_until(row, ends) for row in out[:, width:].tolist()]
             written[name] += rows
-            with teacher():
-                nats[name] += _read(model, part, rows)
+            with teacher() as other:
+                nats[name] += _read(chosen(model, other), part, rows)
     count = {name: max(1, sum(map(len, rows))) for name, rows in written.items()}
     return Generation(
         nll_teacher=nats["teacher"] / count["teacher"],

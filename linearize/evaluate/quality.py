@@ -109,21 +109,21 @@ def measure(
     order = sorted(range(len(documents)), key=lambda i: len(documents[i]))
     with evaluating(model), bar("evaluation", len(documents) * len(names), progress) as advance:
         for at in range(0, len(order), batch):
-            chosen = order[at : at + batch]
-            ids_BT, mask_BT = _padded([documents[i] for i in chosen], pad)
-            spots = torch.cat([torch.arange(int(starts[i]), int(starts[i + 1])) for i in chosen])
+            some = order[at : at + batch]
+            ids_BT, mask_BT = _padded([documents[i] for i in some], pad)
+            spots = torch.cat([torch.arange(int(starts[i]), int(starts[i + 1])) for i in some])
             with teacher() as other:
-                known = _log_probabilities(_chosen(model, other), ids_BT, mask_BT)
+                known = _log_probabilities(chosen(model, other), ids_BT, mask_BT)
             for name, enter in [(TEACHER, teacher), *variants]:
                 if name == TEACHER:
                     logits = known
                 else:
                     with enter() as other:
-                        logits = _logits(_chosen(model, other), ids_BT, mask_BT)
+                        logits = _logits(chosen(model, other), ids_BT, mask_BT)
                 found[name][:, spots] = _against(known, logits, _next(ids_BT, mask_BT))
                 if not found[name][0, spots].isfinite().all():
                     raise GateError(f"row {name!r}: logits are not finite; look for NaN or inf in the model's weights")
-                advance(len(chosen))
+                advance(len(some))
         depth: dict[str, list[float]] = {}
         if residual:
             depth = residual_error(model, documents[:residual], variants, teacher=teacher, pad=pad)
@@ -148,10 +148,10 @@ def residual_error(
     with evaluating(model):
         for ids_T in documents:
             with teacher() as other:
-                wanted = _hidden(_chosen(model, other), ids_T)
+                wanted = _hidden(chosen(model, other), ids_T)
             for name, enter in variants:
                 with enter() as other:
-                    got = _hidden(_chosen(model, other), ids_T)
+                    got = _hidden(chosen(model, other), ids_T)
                 error = [((a - b).norm(dim=-1) / b.norm(dim=-1).clamp(min=1e-12)).sum() for a, b in zip(got, wanted)]
                 found[name] = torch.stack(error).double() + found.get(name, 0)
             count += len(ids_T) - 1
@@ -201,7 +201,7 @@ def _next(ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
     return ids_BT[:, 1:][mask_BT[:, 1:]]
 
 
-def _chosen(model: nn.Module, other: Any) -> nn.Module:
+def chosen(model: nn.Module, other: Any) -> nn.Module:
     return other if isinstance(other, nn.Module) else model
 
 

@@ -75,7 +75,7 @@ def judge(rows: Sequence[Row], gate: Mapping[str, Any] | None = None) -> Verdict
             beaten.append(words)
             lines.append(f"{-lead:.3f} nats per token worse than {words}.")
 
-    gates = _gates(gate or {}, ratio, gain)
+    gates = _gates(gate or {}, ratio, gain, dead)
     missed = [g for g in gates if not g.passed]
     nothing = "" if gain is None else f"The linear branch does nothing: without it {gain:+.4f} nats per token are lost"
     if missed:
@@ -102,7 +102,7 @@ def _nothing(student: Row | None, metric: str, gain: float | None, least: float)
     return gain is not None and (gain < least or (low is not None and low <= 0))
 
 
-def _gates(gate: Mapping[str, Any], ratio: float | None, gain: float | None) -> list[Gate]:
+def _gates(gate: Mapping[str, Any], ratio: float | None, gain: float | None, dead: bool) -> list[Gate]:
     gates = []
     if (most := gate.get("perplexity_ratio")) is not None:
         passed = ratio is not None and ratio <= most
@@ -110,7 +110,7 @@ def _gates(gate: Mapping[str, Any], ratio: float | None, gain: float | None) -> 
     least = gate.get("linear_gain")
     if least is not None and least is not False:
         least = LINEAR_GAIN if least is True else float(least)
-        passed = gain is not None and gain >= least
+        passed = gain is not None and gain >= least and not dead  # dead: it may be chance
         gates.append(Gate(name="linear_gain", bound="at least", wanted=least, got=gain, passed=passed))
     return gates
 

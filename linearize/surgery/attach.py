@@ -374,13 +374,13 @@ def attach(
     Raises Unsupported when the method does not fit, a hook is in the way, or the probe fails; the model is then as it
     was.
     """
-    if earlier := Surgery.of(model):
-        earlier.detach()
     chosen = find(model) if sites is None else list(sites)
     settings = mixers.configure(method, config)
     for site in chosen:
         if site.heads is not None:
             raise Unsupported(f"{site.name}: head-level hybrids (Site.heads) are not built yet; convert whole layers")
+    if earlier := Surgery.of(model):
+        earlier.detach()
     interface.register()
     surgery = Surgery(model, method_name(mixers.get(method)), settings)
     try:
@@ -413,8 +413,8 @@ def _operate(module: nn.Module, site: Site, method: str | type[Mixer], settings:
         config=own,
     )
     if site.seam == "interface":
-        if port.teacher == "flex_attention":
-            raise Unsupported("flex_attention's block masks cannot be read; load with attn_implementation='sdpa'")
+        if port.teacher not in ("sdpa", "eager"):  # flash hands on no documents, flex no mask that can be read
+            raise Unsupported(f"masks of {port.teacher} cannot be read; load the model with attn_implementation='sdpa'")
         module.config = copy.copy(own)  # only converted modules are routed to the mixers
         hf.set_implementation(module.config, interface.NAME)
     module.add_module(CHILD, mixer)
