@@ -61,6 +61,20 @@ class Converted:
     def as_dict(self) -> dict[str, Any]:
         return {**self.report.model_dump(mode="json"), "folder": None if self.folder is None else str(self.folder)}
 
+    def push_to_hub(self, repository: str, **options: Any) -> str:
+        """Upload the folder; returns its address. options: those of huggingface_hub's create_repo (private, ...).
+
+        Raises InputError where no folder was written, or the card is not fit to be shown.
+        """
+        from huggingface_hub import HfApi
+
+        if self.folder is None:
+            raise InputError("nothing was written to upload: convert with output_dir=...")
+        card.check_card(self.folder / "README.md")
+        hub = HfApi()
+        hub.create_repo(repository, exist_ok=True, **options)
+        return str(hub.upload_folder(repo_id=repository, folder_path=self.folder))
+
     def render(self) -> Any:
         from linearize.report.summary import summary
 

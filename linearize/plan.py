@@ -296,6 +296,8 @@ class Plan(BaseModel):
             if isinstance(stage, TransferPlan):
                 if not (stage.output or stage.map or stage.far or stage.mass):
                     found.append(f"stages.{at}: nothing to learn: give output, map, far or mass a weight above 0")
+                if stage.far_weight and not stage.output:
+                    found.append(f"stages.{at}.far_weight: it weighs the output error: give output a weight above 0")
                 for key in ("far", "mass", "window_drop", "far_weight"):
                     if getattr(stage, key) and settings is not None and not window:
                         found.append(f"stages.{at}.{key}: needs a window: set method.mixer.window, or {key} to 0")

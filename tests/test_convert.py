@@ -233,3 +233,26 @@ def test_a_pure_method_has_no_branches_and_full_tuning_works(stories):
     settings = {**SMALL, **STAGES, "method.mixer.window": 0, "method.mixer.sinks": 0, "stages.finetune.mode": "full"}
     done = linearize.convert(loaded.model, "hedgehog", data=str(stories), overrides=settings)
     assert done.report.row("linear_off") is None and done.report.row("student") is not None
+
+
+def test_push_to_hub_uploads_the_folder(converted, monkeypatch):
+    from linearize.conversion import Converted
+    from linearize.report import schema
+    from linearize.surgery.attach import Surgery
+
+    asked = []
+
+    class Hub:
+        def create_repo(self, name, **options):
+            asked.append((name, options))
+
+        def upload_folder(self, repo_id, folder_path):
+            return f"{repo_id}/{folder_path.name}"
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    model = linearize.load(converted)
+    done = Converted(model, Surgery.of(model), schema.read(converted, schema.Report), None, converted)
+    assert done.push_to_hub("me/mine", private=True) == "me/mine/converted"
+    assert asked == [("me/mine", {"exist_ok": True, "private": True})]
+    with pytest.raises(InputError, match="nothing was written"):
+        Converted(model, done.surgery, done.report).push_to_hub("me/mine")

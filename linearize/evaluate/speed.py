@@ -79,7 +79,7 @@ def speed(
     for length in lengths:
         ids = torch.randint(vocabulary, (batch, length), generator=generator).to(device)
         mixer = sum(m.state_bytes(length) for m in surgery.mixers.values())
-        cache = sum(s.kv_bytes(length, model.dtype.itemsize) for s in surgery.sites)
+        cache = sum(s.kv_bytes(length) for s in surgery.sites)
         kept = {"teacher_bytes": float(cache), "student_bytes": float(mixer)}
         prefill = pairs(_prefill(model, ids, surgery.teacher), _prefill(model, ids, nullcontext), device, repeats)
         rows[f"prefill {length}"] = _row(batch * length, prefill, **kept)

@@ -257,11 +257,11 @@ def local_mask(
     column = torch.arange(T, device=codes.device)
     distance = column[rows, None] - column
     visible = (codes[:, rows, None] == codes[:, None]) & (codes > 0)[:, None] & (distance >= 0)
-    rank = torch.zeros_like(codes)
-    for t in range(T):
-        rank[:, t] = (codes[:, :t] == codes[:, t : t + 1]).sum(1)
-    sink = (rank < sinks)[:, None]
-    return visible, visible & ((distance < window_width) | sink)
+    local = (distance < window_width).expand_as(visible)
+    if sinks:  # how many tokens of its document stand before each
+        rank = (codes[:, :, None] == codes[:, None]).tril(-1).sum(-1)
+        local = local | (rank < sinks)[:, None]
+    return visible, visible & local
 
 
 class Combination(nn.Module):

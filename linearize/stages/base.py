@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -38,7 +38,6 @@ class Job:
     checkpoint_steps: int | None = None
     progress: bool = True
     on_step: Callable[[str, int], None] = lambda stage, step: None
-    trackers: list[Any] = field(default_factory=list)
 
 
 def share_of(total: Tensor, weight: Tensor) -> Tensor:

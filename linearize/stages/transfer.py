@@ -67,7 +67,7 @@ def site_loss(
     out = o.float()
     total = out.new_zeros(())
     parts = mixer.both(q, k, v, ctx.without_slot())[0] if plan.far or plan.mass or plan.far_weight else None
-    field = None if parts is None else _far_field(parts.local, q, k, ctx, out)
+    field = None if parts is None else _far_field(parts.local, q, k, ctx, out, mixer.shape.window)
     if plan.output:
         alone = plan.target == "linear" or (plan.window_drop and torch.rand(()) < plan.window_drop)
         guess = mixer.linear_alone(q, k, v, ctx) if alone and mixer.branches else mixer(q, k, v, ctx.without_slot())
@@ -89,11 +89,19 @@ def relative_error(guess_BHTV: Tensor, out_BHTV: Tensor, ctx: Context, weight_BH
     return share_of((weight * (guess_BHTV - out_BHTV) ** 2).sum(), (weight * out_BHTV**2).sum())
 
 
-def teacher_scores(q_BHTK: Tensor, k_BGTK: Tensor, ctx: Context, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
-    """(scores_BHTT, visible_B1TT) of plain softmax attention for the queries `rows`, float32; -inf where invisible."""
+def teacher_scores(
+    q_BHTK: Tensor, k_BGTK: Tensor, ctx: Context, window: int | None, rows: slice = slice(None)
+) -> tuple[Tensor, Tensor]:
+    """(scores_BHTT, visible_B1TT) of the teacher's softmax for the queries `rows`, float32; -inf where invisible.
+
+    window: the teacher's own. What is not in the scores (soft-cap, learned sinks) is left out; `site.drops` names it.
+    """
     codes = ctx.codes(q_BHTK)
     column = torch.arange(codes.shape[1], device=codes.device)
-    visible = (codes[:, rows, None] == codes[:, None]) & (codes > 0)[:, None] & (column[rows, None] >= column)
+    distance = column[rows, None] - column
+    visible = (codes[:, rows, None] == codes[:, None]) & (codes > 0)[:, None] & (distance >= 0)
+    if window is not None:
+        visible = visible & (distance < window)
     k = k_BGTK.float().repeat_interleave(q_BHTK.shape[1] // k_BGTK.shape[1], 1)
     scores = q_BHTK[:, :, rows].float() @ k.mT * ctx.scale
     return scores.masked_fill(~visible[:, None], -torch.inf), visible[:, None]
@@ -107,7 +115,7 @@ def map_divergence(mixer: Mixer, q: Tensor, k: Tensor, v: Tensor, ctx: Context, 
     def part(start: int) -> Tensor:
         rows = slice(start, min(start + chunk, T))
         with torch.no_grad():
-            scores, visible = teacher_scores(q, k, ctx, rows)
+            scores, visible = teacher_scores(q, k, ctx, mixer.shape.window, rows)
             target = scores.masked_fill(~visible, torch.finfo(scores.dtype).min).softmax(-1) * visible
         guess = mixer.dense(q, k, v, ctx, rows).float().clamp(min=1e-12).log()
         return (target * (target.clamp(min=1e-12).log() - guess)).sum()
@@ -129,9 +137,11 @@ class _Field(NamedTuple):
 
 
 @torch.no_grad()
-def _far_field(local: Local, q: Tensor, k: Tensor, ctx: Context, out: Tensor, chunk: int = 512) -> _Field:
+def _far_field(
+    local: Local, q: Tensor, k: Tensor, ctx: Context, out: Tensor, window: int | None, chunk: int = 512
+) -> _Field:
     pieces = [slice(start, start + chunk) for start in range(0, q.shape[2], chunk)]
-    full = torch.cat([teacher_scores(q, k, ctx, rows)[0].logsumexp(-1) for rows in pieces], -1)
+    full = torch.cat([teacher_scores(q, k, ctx, window, rows)[0].logsumexp(-1) for rows in pieces], -1)
     near = (local.lse.float() - full).exp().clamp(max=1.0).nan_to_num()
     return _Field(1 - near, out - near[..., None] * local.output.float(), torch.isfinite(full))
 

@@ -48,6 +48,8 @@ def find(model: nn.Module) -> list[Site]:
                 "uses transformers' attention interface or F.scaled_dot_product_attention"
             )
         raise Unsupported(f"no softmax attention found in {type(model).__name__}")
+    if by_hand:
+        log.warning("left alone: %s and %d more write softmax by hand", by_hand[0], len(by_hand) - 1)
     expected = getattr(getattr(model, "config", None), "num_hidden_layers", None)
     if expected is not None and expected != len(sites):
         log.info("%d attention sites in a model of %d layers", len(sites), expected)
