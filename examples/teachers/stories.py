@@ -340,7 +340,7 @@ def train(args) -> None:
         optimizers.append(torch.optim.AdamW(matrices, betas=(0.9, 0.95), weight_decay=0.1))
     step, spent, checkpoint = 0, 0.0, args.work / "checkpoint.pt"
     if checkpoint.exists():
-        state = torch.load(checkpoint)
+        state = torch.load(checkpoint, weights_only=True)
         model.load_state_dict(state["model"])
         for optimizer, saved in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
