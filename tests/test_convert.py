@@ -150,7 +150,10 @@ def test_kill_nine_then_resume_gives_the_same_bytes(converted, stories, tmp_path
 
 def test_control_c_is_130_and_says_how_to_go_on(stories, tmp_path):
     words = ["convert", "--dataset", stories, "-o", tmp_path / "out", *SET, "--set", "stages.transfer.tokens=400000"]
-    with subprocess.Popen(command(*words), env=environment(), stderr=subprocess.PIPE, text=True) as process:
+    listening = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # a background shell ignores it
+    with subprocess.Popen(
+        command(*words), env=environment(), stderr=subprocess.PIPE, text=True, **listening
+    ) as process:
         while process.poll() is None and not (work_folder(tmp_path / "out") / "scores").exists():
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
