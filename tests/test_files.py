@@ -158,7 +158,7 @@ options = dict(trust_remote_code=True) if sys.argv[2] == "trust" else dict(trust
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], **options)
 with torch.no_grad():
     logits = model(torch.arange(3, 19).view(2, 8), use_cache=False).logits
-print((logits - torch.load(sys.argv[1] + ".pt")).abs().max().item(), type(model).__name__, sep="|")
+print((logits - torch.load(sys.argv[1] + ".pt", weights_only=True)).abs().max().item(), type(model).__name__, sep="|")
 """
 
 
@@ -353,7 +353,7 @@ def test_a_prompt_continues_bit_exactly_in_a_fresh_process(family, every, tmp_pa
     words = model.generate(torch.cat([IDS, new], 1), max_new_tokens=9, do_sample=False)  # without any prefix
     done = python(CONTINUE, tmp_path / "a")
     assert done.returncode == 0, done.stderr[-2000:]
-    there, there_words = torch.load(tmp_path / "a.pt")
+    there, there_words = torch.load(tmp_path / "a.pt", weights_only=True)
     assert torch.equal(here, there)
     assert torch.equal(words, there_words)
 
