@@ -13,10 +13,11 @@ import torch
 from torch import nn
 
 import linearize
-from linearize.data.text import Tokens
+from linearize.data.text import Tokens, collate
 from linearize.plan import FinetunePlan, LoraPlan, TransferPlan
 from linearize.stages.base import Job
-from linearize.stages.finetune import finetune, logit_kl, lora_targets
+from linearize.stages.finetune import Finetune, finetune, lora_targets
+from linearize.stages.head import logit_losses
 from linearize.stages.loop import Order, rate
 from linearize.stages.transfer import Transfer, transfer
 from linearize.testing.pico import pico
@@ -109,7 +110,7 @@ def test_finetune_approaches_the_teacher(mode):
     def distance() -> float:
         with made.surgery.teacher():
             goal = logits()
-        return float(logit_kl(logits(), goal, torch.ones_like(batch["input_ids"], dtype=torch.bool)))
+        return float(logit_losses(logits(), goal, batch["input_ids"]).kl.mean())
 
     with made.surgery.teacher():
         goal = logits()
@@ -124,6 +125,36 @@ def test_finetune_approaches_the_teacher(mode):
         assert all(torch.equal(before[n], base[n]) for n in frozen)
         with made.surgery.teacher():
             assert torch.equal(logits(), goal)
+
+
+def batch_of(data: Tokens, count: int = 4) -> dict[str, torch.Tensor]:
+    return collate([data[i] for i in range(count)])
+
+
+@pytest.mark.parametrize("losses", [{"kl": 1.0}, {"kl": 0.0, "lm": 1.0}, {"kl": 0.5, "lm": 0.3, "hidden": 0.2}])
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_losses_in_blocks_are_the_losses(losses, share, monkeypatch):
+    monkeypatch.setattr("linearize.stages.head.BLOCK", 97 * 5)  # five rows at a time
+    found = []
+    for plain in (True, False):
+        made = job({"window": 4})
+        objective = Finetune(made, FINETUNE.model_copy(update={**losses, "share": share, "lora": LoraPlan(r=2)}))
+        objective.looked = not plain  # looked and found nothing: whole logits
+        torch.manual_seed(0)
+        values = objective.loss(batch_of(made.data), 0)
+        values["loss"].backward()
+        assert (objective.head is not None) == plain
+        grads = {n: p.grad for n, p in made.model.named_parameters() if p.grad is not None}
+        found.append(({k: v.detach() for k, v in values.items()}, grads))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-7)
+    assert any("lora_B" in n and g.any() for n, g in found[0][1].items())
+
+
+def test_a_soft_cap_is_never_skipped():
+    made = job(family="gemma2")
+    objective = Finetune(made, FINETUNE)
+    objective.loss(batch_of(made.data), 0)
+    assert objective.looked and objective.head is None
 
 
 def test_lora_never_enters_a_mixer():

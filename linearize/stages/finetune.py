@@ -7,18 +7,21 @@ layers, never inside a mixer; mixers are ordinary parameters, trained at `mixer_
 from __future__ import annotations
 
 import inspect
+import logging
+from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from linearize.plan import FinetunePlan
-from linearize.stages.base import Job, share_of
+from linearize.stages.base import Job, body, share_of
+from linearize.stages.head import head_losses, logit_losses, plain_head
 from linearize.stages.loop import train
 from linearize.types import InputError, StageReport
 
 CHILD = "linearize_mixer"
+log = logging.getLogger(__name__)
 
 
 def lora_targets(model: nn.Module, sites: list[str], wanted: str | list[str]) -> list[str]:
@@ -79,6 +82,7 @@ class Finetune:
         for parameters, _ in self.groups:
             for parameter in parameters.values():
                 parameter.requires_grad_(True)
+        self.head, self.looked = None, False  # found at the first batch: it takes one to compare
         self.picks = "logits_to_keep" in inspect.signature(model.forward).parameters
         if plan.mode == "full" and (plan.kl or plan.hidden):
             self.frozen = _Frozen(weights)
@@ -90,29 +94,45 @@ class Finetune:
         inputs["use_cache"] = False
         if plan.hidden:
             inputs["output_hidden_states"] = True
+        if not self.looked:
+            self.head, self.looked = self._plain_head(inputs), True
         places_P = self._places(labels)
-        keep = {"logits_to_keep": places_P} if self.picks and len(places_P) < labels.shape[1] else {}
-        student = self.job.model(**inputs, **keep)
-        logits_BPV = student.logits if keep else student.logits[:, places_P]
         target_BP = labels[:, (places_P + 1).clamp(max=labels.shape[1] - 1)]
         learn_BP = (target_BP != -100) & (places_P + 1 < labels.shape[1])
-        parts: dict[str, Tensor] = {}
+        keep = {"logits_to_keep": places_P} if self.picks and len(places_P) < labels.shape[1] else {}
+        run = body(self.job.model) if self.head else partial(self.job.model, **keep)
+        student = run(**inputs)
+        teacher = None
         if plan.kl or plan.hidden:
             with torch.no_grad(), self._teacher():
-                teacher = self.job.model(**inputs, **keep)
-            if plan.kl:
-                goal_BPV = teacher.logits if keep else teacher.logits[:, places_P]
-                parts["kl"] = logit_kl(logits_BPV, goal_BPV, learn_BP)
-            if plan.hidden:
-                pairs = zip(student.hidden_states[1:], teacher.hidden_states[1:], strict=True)
-                errors = [share_of(((a - b).float() ** 2).sum(), (b.float() ** 2).sum()) for a, b in pairs]
-                parts["hidden"] = torch.stack(errors).mean()
-        if plan.lm:
-            flat = logits_BPV.float().flatten(0, 1)
-            wanted = target_BP.masked_fill(~learn_BP, -100).flatten()
-            parts["lm"] = share_of(F.cross_entropy(flat, wanted, reduction="sum"), learn_BP.sum().float())
+                teacher = run(**inputs)
+        if self.head:
+            rows = (output and output.last_hidden_state[:, places_P].flatten(0, 1) for output in (student, teacher))
+            wanted_N = target_BP.masked_fill(~learn_BP, -100).flatten()
+            losses = head_losses(*rows, self.head, wanted_N, kl=plan.kl > 0, lm=plan.lm > 0)
+        else:
+            rows = (output and (output.logits if keep else output.logits[:, places_P]) for output in (student, teacher))
+            losses = logit_losses(*rows, target_BP.masked_fill(~learn_BP, -100), kl=plan.kl > 0, lm=plan.lm > 0)
+        weight_N = learn_BP.flatten().float()
+        parts: dict[str, Tensor] = {}
+        for name, loss_N in losses._asdict().items():
+            if getattr(plan, name):
+                parts[name] = share_of((loss_N * weight_N).sum(), weight_N.sum())
+        if plan.hidden:
+            pairs = zip(student.hidden_states[1:], teacher.hidden_states[1:], strict=True)
+            errors = [share_of(((a - b).float() ** 2).sum(), (b.float() ** 2).sum()) for a, b in pairs]
+            parts["hidden"] = torch.stack(errors).mean()
         total = torch.stack([getattr(plan, name) * value for name, value in parts.items()]).sum()
         return {"loss": total, **parts}
+
+    def _plain_head(self, inputs: dict[str, Any]) -> nn.Linear | None:
+        """The head whose losses are computed a block at a time, None where logits are more than that."""
+        one = {k: v[:1] if isinstance(v, Tensor) else v for k, v in inputs.items()}
+        with torch.no_grad(), self.job.surgery.teacher():
+            head = plain_head(self.job.model, body(self.job.model)(**one).last_hidden_state, self.job.model(**one).logits)
+        if head is None:
+            log.info("finetune: logits are not one frozen linear layer here; they are held whole")
+        return head
 
     def _places(self, labels_BT: Tensor) -> Tensor:
         """The positions whose logits are computed: all, or a random share (the same for every row of the batch)."""
@@ -152,32 +172,6 @@ class _Frozen:
     def _exchange(self) -> None:
         for name, parameter in self.weights.items():
             parameter.data, self.original[name] = self.original[name], parameter.data
-
-
-class _LogitKL(torch.autograd.Function):
-    """KL(teacher || student) per position with its gradient p_s - p_t kept in place of the log-probabilities."""
-
-    @staticmethod
-    def forward(ctx: Any, student_NV: Tensor, teacher_NV: Tensor) -> Tensor:  # type: ignore[override]
-        goal = teacher_NV.float().log_softmax(-1)
-        guess = student_NV.float().log_softmax(-1)
-        weight = goal.exp()
-        kl = (weight * (goal - guess)).sum(-1)
-        ctx.save_for_backward(guess.exp_().sub_(weight))
-        ctx.dtype = student_NV.dtype
-        return kl
-
-    @staticmethod
-    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        (difference,) = ctx.saved_tensors
-        return (difference * grad_N[:, None]).to(ctx.dtype), None
-
-
-def logit_kl(student_BPV: Tensor, teacher_BPV: Tensor, learn_BP: Tensor) -> Tensor:
-    """Mean of KL(teacher || student) in nats over the positions to learn."""
-    kl_N = _LogitKL.apply(student_BPV.flatten(0, 1), teacher_BPV.flatten(0, 1))
-    weight_N = learn_BP.flatten().to(kl_N.dtype)
-    return share_of((kl_N * weight_N).sum(), weight_N.sum())
 
 
 def finetune(job: Job, plan: FinetunePlan) -> StageReport:
