@@ -242,10 +242,9 @@ def evaluate(
     plan = plan.model_copy(
         update={"eval": plan.eval.model_copy(update=changed), "seed": plan.seed if seed is None else seed}
     )
-    student = models.load_model(model, device=device, trust_remote_code=trust_remote_code)
+    student = models.load_converted(model, device=device, trust_remote_code=trust_remote_code)
     surgery = Surgery.of(student.model)
-    if surgery is None:
-        raise InputError(f"{model} is not a converted model")
+    assert surgery is not None
     base = models.load_model(
         teacher or plan.model.id, dtype=student.model.dtype, device=device, trust_remote_code=trust_remote_code
     ).model
@@ -345,10 +344,9 @@ def generate(
     from linearize.surgery.attach import Surgery
     from linearize.types import InputError
 
-    loaded = models.load_model(model, device=device, trust_remote_code=trust_remote_code)
+    loaded = models.load_converted(model, device=device, trust_remote_code=trust_remote_code)
     surgery = Surgery.of(loaded.model)
-    if surgery is None:
-        raise InputError(f"{model} is not a converted model: convert it first")
+    assert surgery is not None
     tokenizer = loaded.tokenizer
     first = first_token(tokenizer)
     ids = ([] if first is None else [first]) + tokenizer(prompt, add_special_tokens=False)["input_ids"]
@@ -376,8 +374,11 @@ def inspect(model: str | Path | nn.Module | None = None, *, trust_remote_code: b
     """The attention of a model, from its configuration; of a converted folder also its mixers. Raises Unsupported."""
     from linearize import models
     from linearize.surgery.attach import Surgery
+    from linearize.surgery.files import ADAPTER_CONFIG
     from linearize.surgery.select import find
 
+    if isinstance(model, str | Path) and (Path(model) / ADAPTER_CONFIG).is_file():
+        model = models.load(model)  # the base's configuration alone does not say what was attached
     named = model is None or isinstance(model, str | Path)
     source = models.source(model) if named else None
     skeleton: Any = models.skeleton(models.config(source, trust_remote_code), trust_remote_code) if source else model
@@ -414,19 +415,20 @@ def merge(model: str | Path, output_dir: str | Path) -> Saved:
     from linearize.surgery import files
 
     check_target(output_dir)
-    loaded = models.load(model)
-    fold(loaded)
-    base = files.read_adapter(model)["base"]
-    tokenizer = models.load_model(base["id"], revision=base["revision"]).tokenizer
-    return Saved(files.save(loaded, output_dir, tokenizer), "full checkpoint")
+    files.read_adapter(model)
+    loaded = models.load_converted(model)
+    fold(loaded.model)
+    return Saved(files.save(loaded.model, output_dir, loaded.tokenizer), "full checkpoint")
 
 
 def export(model: str | Path, output_dir: str | Path, *, form: str = "safetensors") -> Saved:
-    """Write a converted model in another form, "safetensors" or "torch-export". Raises InputError."""
+    """Write a converted model, LoRA folded in, in another form: "safetensors" or "torch-export". Raises InputError."""
     from linearize import models
     from linearize.stages.export import export as write
+    from linearize.stages.merge import merge as fold
 
-    loaded = models.load_model(model)
+    loaded = models.load_converted(model)
+    fold(loaded.model)
     return Saved(write(loaded.model, output_dir, form, loaded.tokenizer), form)
 
 

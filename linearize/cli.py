@@ -51,6 +51,8 @@ Json = Annotated[bool, typer.Option("--json", help="The answer as JSON on stdout
 
 def _show(answer: Any, json: bool) -> None:
     """Prints what a verb answered: `as_dict()` for machines, `render()` for eyes."""
+    if os.environ.get("RANK", "0") != "0":  # torchrun: once is enough
+        return
     if json:
         print(jsonlib.dumps(answer.as_dict(), indent=2, ensure_ascii=False))
         return

@@ -11,9 +11,9 @@ import functools
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,10 +26,11 @@ from linearize.data import text
 from linearize.data.selfgen import fingerprint, selfgen
 from linearize.data.text import Tokens
 from linearize.evaluate import diagnostics, generation, quality
+from linearize.measuring import Measure, Work, rivals
 from linearize.plan import FinetunePlan, Plan, TransferPlan
 from linearize.report import card, html, provenance, schema, verdict
 from linearize.resolve import choose, fitting
-from linearize.stages.base import Job
+from linearize.stages.base import Job, Processes
 from linearize.stages.finetune import finetune
 from linearize.stages.merge import merge
 from linearize.stages.transfer import transfer
@@ -37,7 +38,7 @@ from linearize.storage import atomic_folder, check_target, write_atomic
 from linearize.surgery import files
 from linearize.surgery.attach import CHILD, Surgery, attach
 from linearize.surgery.select import break_even
-from linearize.types import GateError, InputError, Site, StageReport
+from linearize.types import GateError, InputError, Site, StageReport, Unsupported
 
 if TYPE_CHECKING:
     from linearize.report.schema import Report
@@ -81,16 +82,6 @@ class Converted:
         return summary(self.report, self.folder)
 
 
-@dataclass
-class Work:
-    """The folder beside the output that makes a run resumable; None where nothing is written."""
-
-    folder: Path | None
-
-    def sub(self, name: str) -> Path | None:
-        return None if self.folder is None else self.folder / name
-
-
 def run(
     resolved: Resolved,
     *,
@@ -108,12 +99,13 @@ def run(
     folder is there whole or not at all, and the work folder holds the last good checkpoint."""
     plan = resolved.plan
     target = None if plan.output.folder is None else Path(plan.output.folder)
+    processes = Processes(device)
     work = Work(None)
     if target is not None:
         if resume and (target / "report.json").is_file():
             return _finished(target, plan)
-        check_target(target)
-        work = _work(target, resume)
+        with processes.in_turn():
+            work = _work(target, resume, check=processes.first)
     if model is None:
         assert resolved.source is not None
         say(f"loading {resolved.source.id or 'the embedded teacher'}")
@@ -132,26 +124,29 @@ def run(
     resolved = replace(resolved, plan=plan, notes=(*resolved.notes, *idle))
     say(f"{len(chosen)} of {len(sites)} attention layers will be converted to {plan.method.name}")
     original = fingerprint(model)
-    train_data, valid = _data(plan, model, tokenizer, data, work, say)
-    documents = text_documents(plan, tokenizer) if valid is None else held_out(valid, plan)
-    digest = hashlib.sha256(f"{plan.digest()}{original}{train_data.digest}".encode()).hexdigest()
-    _check_digest(work, digest)
+    with _tidy(work):
+        with processes.in_turn():
+            train_data, valid = _data(plan, model, tokenizer, data, work, say)
+        documents = text_documents(plan, tokenizer) if valid is None else held_out(valid, plan)
+        digest = hashlib.sha256(f"{plan.digest()}{original}{train_data.digest}".encode()).hexdigest()
+        with processes.in_turn():
+            _check_digest(work, digest)
 
-    full = any(isinstance(stage, FinetunePlan) and stage.mode == "full" for stage in plan.stages)
-    frozen = copy.deepcopy(model) if full else None  # full fine-tuning changes what LoRA would leave alone
-    job = Job(
-        model=model, surgery=attach(model, chosen, plan.method.name, plan.mixer()), data=train_data, seed=plan.seed,
-        work=work.sub("checkpoints"), digest=digest, resume=work.folder is not None, on_step=on_step,
-    )  # fmt: skip
-    surgery = job.surgery
-    teacher = surgery.teacher if frozen is None else lambda: nullcontext(frozen)
-    measure = _Measure(plan, work, documents, surgery, teacher)
+        full = any(isinstance(stage, FinetunePlan) and stage.mode == "full" for stage in plan.stages)
+        frozen = copy.deepcopy(model) if full else None  # full fine-tuning changes what LoRA would leave alone
+        surgery = attach(model, chosen, plan.method.name, plan.mixer())
+        teacher = surgery.teacher if frozen is None else lambda: nullcontext(frozen)
+        measure = Measure(plan, work, documents, surgery, teacher, processes.first)
+        job = Job(
+            model=model, surgery=surgery, data=train_data, seed=plan.seed, work=work.sub("checkpoints"), digest=digest,
+            resume=work.folder is not None, on_step=measure.along(train_data.length, on_step),
+        )  # fmt: skip
     measure.add(("swapped", nullcontext))
-    rivals = _rivals(plan, job, frozen, say)
+    others = rivals(plan, job, frozen, say)
     reports = []
-    for index, stage in enumerate(plan.stages):
-        say(f"stage {stage.kind}: {stage.tokens:,} tokens in {stage.steps(train_data.length):,} steps")
-        reports.append(run_stage(job, stage))
+    for index, (name, stage) in enumerate(zip(plan.stage_names(), plan.stages, strict=True)):
+        say(f"stage {name}: {stage.tokens:,} tokens in {stage.steps(train_data.length):,} steps")
+        reports.append(run_stage(job, stage, name))
         if stage.kind == "transfer" and index + 1 < len(plan.stages):
             measure.add(("after transfer", nullcontext))
     say("measuring the student, its branches and its baselines")
@@ -159,14 +154,15 @@ def run(
     measure.add(
         (quality.STUDENT, nullcontext),
         *((branch, functools.partial(surgery.ablate, branch)) for branch in branches),
-        *((name, lambda twin=twin: nullcontext(twin)) for name, twin in rivals.items()),
+        *((name, lambda twin=twin: nullcontext(twin)) for name, twin in others.items()),
     )
     report = _report(resolved, job, sites, left, measure, reports, tokenizer, command)
-    if target is not None:
+    if target is not None and processes.first:
         say(f"writing {target}")
-        _write(target, job, tokenizer, report, plan, documents if valid is not None else None)
+        _write(target, work, job, tokenizer, report, plan, documents if valid is not None else None)
         if work.folder is not None:
             shutil.rmtree(work.folder, ignore_errors=True)
+    processes.wait()
     done = Converted(model, surgery, report, tokenizer, target)
     try:
         verdict.enforce(report.verdict)
@@ -188,9 +184,9 @@ def _finished(target: Path, plan: Plan) -> Converted:
     return Converted(model, surgery, report, None, target)
 
 
-def run_stage(job: Job, stage: TransferPlan | FinetunePlan) -> StageReport:
+def run_stage(job: Job, stage: TransferPlan | FinetunePlan, name: str) -> StageReport:
     """One stage of a plan on a job."""
-    return transfer(job, stage) if isinstance(stage, TransferPlan) else finetune(job, stage)
+    return transfer(job, stage, name) if isinstance(stage, TransferPlan) else finetune(job, stage, name)
 
 
 # ------------------------------------------------------------------------------------------------- the work folder
@@ -199,14 +195,28 @@ def work_folder(target: Path) -> Path:
     return target.parent / f".{target.name}.work"
 
 
-def _work(target: Path, resume: bool) -> Work:
+def _work(target: Path, resume: bool, check: bool) -> Work:
     folder = work_folder(target)
-    if folder.exists() and any(folder.iterdir()) and not resume:
+    if check:
+        check_target(target)
+    if check and folder.exists() and any(folder.iterdir()) and not resume:
         raise InputError(
             f"an unfinished run for {target} is in {folder}: go on with --resume, choose another --output-dir, or "
             "delete it"
         )
     return Work(folder)
+
+
+@contextmanager
+def _tidy(work: Work) -> Iterator[None]:
+    """Input that turns out to be bad before anything was trained leaves no work folder behind, unless one was there."""
+    new = work.folder is not None and not work.folder.exists()
+    try:
+        yield
+    except (InputError, Unsupported):
+        if new and work.folder is not None:
+            shutil.rmtree(work.folder, ignore_errors=True)
+        raise
 
 
 def _check_digest(work: Work, digest: str) -> None:
@@ -234,8 +244,11 @@ def _data(
     elif source in (None, "self"):
         wanted = min(sum(stage.tokens for stage in plan.stages), settings.self_tokens) + settings.valid_tokens
         say(f"the teacher writes {wanted:,} tokens")
+        prompts: Any = None
+        if settings.prompts:
+            prompts = (text.read_chats if settings.chat else text.read_texts)(settings.prompts)
         sequences = selfgen(
-            model, tokenizer, wanted, settings.length, seed=plan.seed, batch=settings.self_batch,
+            model, tokenizer, wanted, settings.length, seed=plan.seed, batch=settings.self_batch, prompts=prompts,
             folder=work.sub("selfgen"), completion_only=settings.completion_only, allow_longer=plan.longer(),
         )  # fmt: skip
     else:
@@ -281,88 +294,13 @@ def held_out(valid: Tokens, plan: Plan) -> list[Tensor]:
     return found[: plan.eval.limit]
 
 
-# ------------------------------------------------------------------------------------------------------- measuring
-class _Measure:
-    """Scores of every row on the same documents; those of a finished step are kept in the work folder."""
-
-    def __init__(
-        self, plan: Plan, work: Work, documents: list[Tensor], surgery: Surgery, teacher: Callable[[], Any]
-    ) -> None:
-        self.plan, self.work, self.documents, self.surgery, self.teacher = plan, work, documents, surgery, teacher
-        self.scores: dict[str, quality.Score] = {}
-
-    def add(self, *variants: quality.Variant) -> None:
-        self._recall(quality.TEACHER)
-        missing = [v for v in variants if not self._recall(v[0])]
-        if not missing:
-            return
-        found = quality.measure(
-            self.surgery.model, self.documents, missing, teacher=self.teacher, batch=self.plan.eval.batch,
-            window=self.plan.eval.window,
-        )  # fmt: skip
-        for score in found:
-            if score.name not in self.scores:
-                self.scores[score.name] = score
-                self._keep(score)
-
-    def _path(self, name: str) -> Path | None:
-        return self.work.sub(f"scores/{name.replace(' ', '-')}.safetensors")
-
-    def _keep(self, score: quality.Score) -> None:
-        from safetensors.torch import save
-
-        if (path := self._path(score.name)) is not None:
-            tensors = {"nll": score.nll_N, "kl": score.kl_N, "agree": score.agree_N}
-            tensors = {k: v.contiguous().clone() for k, v in tensors.items()}
-            if score.residual is not None:
-                tensors["residual"] = torch.tensor(score.residual, dtype=torch.float64)
-            write_atomic(path, save(tensors))
-
-    def _recall(self, name: str) -> bool:
-        from safetensors.torch import load
-
-        path = self._path(name)
-        if path is None or not path.is_file():
-            return name in self.scores
-        kept = load(path.read_bytes())
-        residual = kept["residual"].tolist() if "residual" in kept else None
-        targets = quality.targets(self.documents, self.plan.eval.window)
-        self.scores[name] = quality.Score(name, targets, kept["nll"], kept["kl"], kept["agree"], residual)
-        return True
-
-    def rows(self) -> list[schema.Row]:
-        """The table, the teacher first."""
-        scores = [self.scores[quality.TEACHER], *(s for n, s in self.scores.items() if n != quality.TEACHER)]
-        return [schema.Row(**asdict(row)) for row in quality.table(scores, seed=self.plan.seed)]
-
-
-def _rivals(plan: Plan, job: Job, frozen: nn.Module | None, say: Callable[[str], None]) -> dict[str, nn.Module]:
-    """What the student has to beat: modules that share the teacher's weights. Made before LoRA is injected."""
-    window = {"window": plan.eval.window, "sinks": plan.eval.sinks}
-    teacher = job.model if frozen is None else frozen
-    found = {quality.WINDOW: quality.baseline(teacher, "window", window, job.surgery.sites)}
-    last = plan.stage("finetune")
-    if plan.eval.window_only and isinstance(last, FinetunePlan):
-        tokens = sum(stage.tokens for stage in plan.stages)
-        say(f"training a window-only student on the same {tokens:,} tokens")
-        twin = quality.baseline(teacher, "window", window, job.surgery.sites)
-        if last.mode == "full":
-            twin = copy.deepcopy(twin)
-        surgery = Surgery.of(twin)
-        assert surgery is not None
-        rival = replace(job, model=twin, surgery=surgery, work=None if job.work is None else job.work / "window-only")
-        finetune(rival, last.model_copy(update={"tokens": tokens, "mixer_lr": None}))
-        found["window-only student"] = twin
-    return found
-
-
 # ------------------------------------------------------------------------------------------------------- reporting
 def _report(
     resolved: Resolved,
     job: Job,
     sites: list[Site],
     left: dict[str, str],
-    measure: _Measure,
+    measure: Measure,
     stages: list[StageReport],
     tokenizer: Any,
     command: list[str] | None,
@@ -401,6 +339,7 @@ def _report(
         break_even=even,
         sample=sample,
         generation=written,
+        curves=measure.curves(),
         verdict=verdict.judge(rows, plan.gate.model_dump()),
         notes=list(resolved.notes),
         plan=plan.model_dump(mode="json"),
@@ -415,7 +354,7 @@ def _report(
 
 
 def _written(
-    plan: Plan, surgery: Surgery, measure: _Measure, tokenizer: Any
+    plan: Plan, surgery: Surgery, measure: Measure, tokenizer: Any
 ) -> tuple[list[schema.Sample], schema.Generation | None]:
     """What both write behind the same prompts, and how the teacher likes it."""
     documents = measure.documents
@@ -482,9 +421,11 @@ def read_documents(path: Path) -> list[Tensor]:
     return list(kept["ids"].split(kept["sizes"].tolist()))
 
 
-def _write(target: Path, job: Job, tokenizer: Any, report: Report, plan: Plan, documents: list[Tensor] | None) -> None:
+def _write(
+    target: Path, work: Work, job: Job, tokenizer: Any, report: Report, plan: Plan, documents: list[Tensor] | None
+) -> None:
     """The output folder, whole or not at all."""
-    with atomic_folder(target) as folder:
+    with atomic_folder(target, part=work.sub("output")) as folder:
         if plan.output.adapter_only:
             files.write_adapter(job.surgery, folder, base=plan.model.id, revision=plan.model.revision)
         else:

@@ -218,8 +218,10 @@ def load_model(
     return Loaded(model.eval(), tokenizer, where.id, _commit(where), task, where, tuple(notes))
 
 
-def load(where: str | Path | nn.Module | None = None, adapter: str | Path | None = None, **options: Any) -> Any:
-    """`linearize.load`: a converted model, from the folder of a full checkpoint or from a base and an adapter folder.
+def load_converted(
+    where: str | Path | nn.Module | None = None, adapter: str | Path | None = None, **options: Any
+) -> Loaded:
+    """A converted model with its tokenizer: from the folder of a full checkpoint, or from a base and an adapter folder.
 
     where: folder or hub id of a converted model, or an adapter folder; with `adapter` its base (a model, a name, or
     None for the one that the adapter names). options: those of `load_model`. Raises InputError where nothing is
@@ -228,21 +230,26 @@ def load(where: str | Path | nn.Module | None = None, adapter: str | Path | None
     from linearize.surgery import files
     from linearize.surgery.attach import Surgery
 
-    options = {"need_tokenizer": False, **options}
     if adapter is None and isinstance(where, str | Path) and (Path(where) / files.ADAPTER_CONFIG).is_file():
         where, adapter = None, where
-    if adapter is None:
-        model = load_model(where, **options).model if where is None or isinstance(where, str | Path) else where
-        if Surgery.of(model) is None:
-            raise InputError(f"{where or 'the embedded teacher'} is not converted: there is nothing linear to load")
-        return model
-    if where is None:
+    if adapter is not None and where is None:
         base = files.read_adapter(adapter)["base"]
         where, options = base["id"], {"revision": base["revision"], **options}
-    name = "the embedded teacher" if where is None else str(where) if isinstance(where, str | Path) else None
-    model = load_model(where, **options).model if where is None or isinstance(where, str | Path) else where
-    files.load_adapter(model, adapter, name=name)
-    return model
+    if where is None or isinstance(where, str | Path):
+        loaded = load_model(where, **options)
+        name = loaded.id or "the embedded teacher"
+    else:
+        loaded, name = Loaded(where, None, None, None, "text", Source("", "object")), None
+    if adapter is not None:
+        files.load_adapter(loaded.model, adapter, name=name)
+    elif Surgery.of(loaded.model) is None:
+        raise InputError(f"{where or 'the embedded teacher'} is not a converted model: convert it first")
+    return loaded
+
+
+def load(where: str | Path | nn.Module | None = None, adapter: str | Path | None = None, **options: Any) -> Any:
+    """`linearize.load`: the model alone of `load_converted`."""
+    return load_converted(where, adapter, **{"need_tokenizer": False, **options}).model
 
 
 def check_finite(model: nn.Module) -> None:

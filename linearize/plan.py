@@ -61,10 +61,12 @@ class MethodPlan(BaseModel):
 
 class DataPlan(BaseModel):
     """source: files, a folder or a hub data set; None or "self": the teacher writes it, at most `self_tokens` (repeated
-    where the stages want more), `self_batch` sequences at a time. length in tokens."""
+    where the stages want more), `self_batch` sequences at a time, freely or as completions of `prompts` (texts, with
+    `chat` conversations: files, a folder or a hub data set). length in tokens."""
 
     model_config = _STRICT
     source: str | None = None
+    prompts: str | None = None
     split: str | None = None
     text_column: str | None = None
     length: int = Field(default=256, gt=1)
@@ -145,7 +147,8 @@ StagePlan = Annotated[TransferPlan | FinetunePlan, Field(discriminator="kind")]
 class EvalPlan(BaseModel):
     """source None: the data set's own held-out part. limit: documents. length: positions per document. window, sinks:
     the zero-token window of the table. window_only: train a window-only student on the same tokens for the table.
-    lengths: where state and KV bytes are compared."""
+    parts: numbers of documents by name, "0-48", scored apart as well. curve: the perplexity ratio is measured after
+    every so many tokens of training, on a few of the documents. lengths: where state and KV bytes are compared."""
 
     model_config = _STRICT
     source: str | None = None
@@ -157,6 +160,8 @@ class EvalPlan(BaseModel):
     window: int = Field(default=32, gt=0)
     sinks: int = Field(default=0, ge=0)
     window_only: bool = False
+    parts: dict[str, Annotated[str, Field(pattern=r"^\d+-\d+$")]] = {}
+    curve: int | None = Field(default=None, gt=0)
     lengths: list[int] = [1024, 8192, 65536]
 
 
@@ -246,6 +251,11 @@ class Plan(BaseModel):
         """The first stage of a kind, if there is one."""
         return next((stage for stage in self.stages if stage.kind == kind), None)
 
+    def stage_names(self) -> list[str]:
+        """What each stage is called in checkpoints and reports: its kind, numbered from the second of a kind on."""
+        kinds = [stage.kind for stage in self.stages]
+        return [k if (n := kinds[: i + 1].count(k)) == 1 else f"{k}-{n}" for i, k in enumerate(kinds)]
+
     def limited(self, max_steps: int | None) -> Plan:
         """This plan with at most `max_steps` optimiser steps in each stage."""
         if max_steps is None:
@@ -305,10 +315,13 @@ class Plan(BaseModel):
                 found.append(f"stages.{at}: nothing to learn: give kl, lm or hidden a weight above 0")
         if self.output.adapter_only and any(getattr(stage, "mode", "") == "full" for stage in self.stages):
             found.append("output.adapter_only: full fine-tuning changes the base: write the model, or use mode: lora")
-        if self.data.chat and self.data.source in (None, "self"):
-            found.append("data.chat: the teacher cannot invent conversations: name a source of them")
-        if self.data.completion_only and not self.data.chat:
-            found.append("data.completion_only: needs data.chat, which knows whose turn a token belongs to")
+        own = self.data.source in (None, "self")
+        if self.data.prompts and not own:
+            found.append("data.prompts: they are for text that the teacher writes: drop them, or data.source")
+        if self.data.chat and own and not self.data.prompts:
+            found.append("data.chat: name conversations (data.source), or data.prompts that the teacher answers")
+        if self.data.completion_only and not (self.data.chat or self.data.prompts):
+            found.append("data.completion_only: needs data.chat or data.prompts: what is the completion otherwise?")
         if self.eval.window <= self.eval.sinks:
             found.append(f"eval.sinks: {self.eval.sinks} must be fewer than eval.window ({self.eval.window})")
         return found
@@ -326,6 +339,7 @@ class Plan(BaseModel):
                 else f"layers {self.method.layers}"
             ),
             f"data      {self.data.source or 'self (the teacher writes it)'}, sequences of {self.data.length}"
+            + (f", completing {self.data.prompts}" if self.data.prompts else "")
             + (", chat" if self.data.chat else "")
             + (", completions only" if self.data.completion_only else ""),
         ]

@@ -89,16 +89,21 @@ def check_target(target: str | Path, overwrite: bool = False) -> Path:
 
 
 @contextmanager
-def atomic_folder(target: str | Path, overwrite: bool = False) -> Iterator[Path]:
-    """Yields an empty sibling folder to fill; on a clean exit it becomes `target`, otherwise it vanishes.
+def atomic_folder(target: str | Path, overwrite: bool = False, part: Path | None = None) -> Iterator[Path]:
+    """Yields an empty folder to fill; on a clean exit it becomes `target`, otherwise it vanishes.
 
+    part: where it is filled (on the same file system; what a killed run left there goes); None: a new sibling.
     With `overwrite` an existing folder stays in place until the new one is complete and synced. Raises InputError
     for a target that is not empty (without `overwrite`), StorageError where writing fails.
     """
     target = check_target(target, overwrite)
     with storage_errors(target):
         made = _make_parents(target.parent)
-        part = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+        if part is None:
+            part = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+        else:
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
         try:
             yield part
             for folder, _, files in os.walk(part):

@@ -35,6 +35,7 @@ SMALL = {
     "eval.generate": 8,
 }
 SET = [word for key, value in SMALL.items() for word in ("--set", f"{key}={value}")]
+MORE = ["--set", "eval.window_only=true", "--set", "eval.curve=600", "--set", "eval.parts.first=0-2"]
 STAGES = {f"stages.{k}.tokens": 512 for k in ("transfer", "finetune")}
 
 
@@ -66,7 +67,7 @@ def run(*words: object, **more) -> subprocess.CompletedProcess:
 @pytest.fixture(scope="module")
 def converted(stories, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("out") / "converted"
-    done = run("convert", "--dataset", stories, "-o", folder, *SET, "--set", "eval.window_only=true", "--json")
+    done = run("convert", "--dataset", stories, "-o", folder, *SET, *MORE, "--json")
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout)["method"] == "hedgehog"
     return folder
@@ -87,6 +88,9 @@ def test_the_folder_holds_what_is_promised(converted):
     }  # fmt: skip
     assert report["state"]["1024"]["state_bytes"] < report["state"]["1024"]["kv_bytes"]
     assert report["sample"] and report["diagnostics"]["pictures"]
+    assert report["curves"]["ratio"]["x"] == [768, 1280, 1536, 2048, 2560, 3072]
+    parts = {row["name"]: row["parts"]["first"]["nll"] for row in report["rows"]}
+    assert len(parts) == len(rows) and parts["teacher"] != report["rows"][0]["nll"]
 
 
 def test_it_reloads_and_decodes_the_same_both_ways(converted):
@@ -118,10 +122,33 @@ def test_an_adapter_is_small_and_merges_to_the_same_model(stories, tmp_path):
     size = sum(p.stat().st_size for p in (tmp_path / "adapter").glob("*.safetensors"))
     assert size < 4_000_000
     api.merge(tmp_path / "adapter", tmp_path / "full")
+    assert api.generate(tmp_path / "adapter", "Once upon", max_new_tokens=4).tokens == 4
+    assert api.evaluate(tmp_path / "adapter", limit=2, length=48).rows[0].name == "teacher"
+    assert api.inspect(tmp_path / "adapter").method == "hedgehog"
+    api.export(tmp_path / "adapter", tmp_path / "exported")
+    assert weights(tmp_path / "exported") == weights(tmp_path / "full")
     ids = torch.arange(3, 23)[None]
     with torch.no_grad():
         whole, apart = linearize.load(tmp_path / "full")(ids).logits, linearize.load(tmp_path / "adapter")(ids).logits
     assert torch.allclose(whole, apart, atol=1e-4)
+
+
+def test_the_teacher_completes_prompts(stories, tmp_path):
+    settings = {**SMALL, **STAGES, "data.prompts": str(stories), "data.completion_only": True, "data.length": 256}
+    done = linearize.convert(None, overrides=settings, output_dir=tmp_path / "out")
+    assert done.report.evaluation.startswith("held-out part of text the teacher wrote")
+    with pytest.raises(InputError, match="drop them"):
+        linearize.convert(None, data=str(stories), overrides=settings, output_dir=tmp_path / "other")
+
+
+def test_two_stages_of_a_kind_both_run(stories, tmp_path):
+    transfer = {"kind": "transfer", "tokens": 512, "batch": 4, "lr": 1e-2}
+    recipe = {"stages": [transfer, {**transfer, "target": "linear"}]}
+    settings = {k: v for k, v in SMALL.items() if "stages" not in k}
+    done = linearize.convert(
+        None, recipe=recipe, data=str(stories), overrides=settings, output_dir=tmp_path / "out"
+    )  # fmt: skip
+    assert [(s.name, s.steps) for s in done.report.stages] == [("transfer", 2), ("transfer-2", 2)]
 
 
 # ------------------------------------------------------------------------------------------------------- surviving
@@ -132,7 +159,7 @@ def weights(folder: Path) -> bytes:
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", ["transfer-", "finetune-", "scores/student"])
 def test_kill_nine_then_resume_gives_the_same_bytes(converted, stories, tmp_path, moment):
-    words = ["convert", "--dataset", stories, "-o", tmp_path / "out", *SET, "--set", "eval.window_only=true"]
+    words = ["convert", "--dataset", stories, "-o", tmp_path / "out", *SET, *MORE]
     work = work_folder(tmp_path / "out")
     with subprocess.Popen(command(*words), env=environment(), stderr=subprocess.DEVNULL) as process:
         while process.poll() is None and not any(moment in str(p) for p in work.rglob("*")):
@@ -146,6 +173,43 @@ def test_kill_nine_then_resume_gives_the_same_bytes(converted, stories, tmp_path
     done = run(*words, "--resume")
     assert done.returncode == 0, done.stderr[-3000:]
     assert weights(tmp_path / "out") == weights(converted)
+    curves = [json.loads((folder / "report.json").read_text())["curves"] for folder in (tmp_path / "out", converted)]
+    assert curves[0] == curves[1]
+
+
+@pytest.mark.slow
+def test_two_processes_convert_once(stories, tmp_path):
+    words = [*command("convert", "--dataset", stories, "-o", tmp_path / "out", *SET, "--json")[1:]]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", *words]
+    more = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(launch, env={**environment(), **more}, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads(done.stdout)  # one answer, not two
+    assert [stage["tokens"] for stage in report["stages"]] == [1536, 1536]
+    assert not work_folder(tmp_path / "out").exists()
+    assert api.generate(tmp_path / "out", "Once upon", max_new_tokens=4).tokens == 4
+
+
+@pytest.mark.slow
+def test_a_kill_while_the_result_is_written_leaves_one_place(stories, tmp_path):
+    words = ["convert", "--dataset", stories, "-o", tmp_path / "out", *SET]
+    work = work_folder(tmp_path / "out")
+    with subprocess.Popen(command(*words), env=environment(), stderr=subprocess.DEVNULL) as process:
+        while process.poll() is None and not (work / "output").exists():
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert {p.name for p in tmp_path.iterdir()} <= {work.name, "out"}
+    assert run(*words, "--resume").returncode == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_bad_data_leaves_no_work_folder(tmp_path):
+    short = tmp_path / "short.txt"
+    short.write_text("too little")
+    with pytest.raises(InputError):
+        api.convert(None, data=str(short), overrides=SMALL, output_dir=tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["short.txt"]
 
 
 def test_control_c_is_130_and_says_how_to_go_on(stories, tmp_path):
@@ -209,7 +273,7 @@ def test_full_tuning_is_measured_against_the_original(stories):
 
 
 def test_a_finished_run_is_not_redone(converted, stories):
-    words = ["convert", "--dataset", stories, "-o", converted, *SET, "--set", "eval.window_only=true"]
+    words = ["convert", "--dataset", stories, "-o", converted, *SET, *MORE]
     before = (converted / "report.json").stat().st_mtime_ns
     assert run(*words, "--resume").returncode == 0
     assert (converted / "report.json").stat().st_mtime_ns == before

@@ -147,6 +147,7 @@ def test_wrong_overrides(override, said):
         ("stages.transfer.output=0", "nothing to learn"),
         ("stages.finetune.kl=0", "nothing to learn"),
         ("data.completion_only=true", "needs data.chat"),
+        ("data.chat=true", "data.prompts that the teacher answers"),
         ("eval.sinks=32", "must be fewer"),
         ("model.form={hidden_size: 1}", "needs model_type"),
     ],

@@ -207,14 +207,16 @@ def chosen(model: nn.Module, other: Any) -> nn.Module:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """No dropout and no gradients inside; the model's mode is put back."""
-    training = model.training
+    """No dropout and no gradients inside; each module's mode is put back (LoRA's dropout learns in a model that is
+    otherwise in eval mode)."""
+    learning = [module for module in model.modules() if module.training]
     model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        model.train(training)
+        for module in learning:
+            module.training = True
 
 
 def forward(model: Any, ids_BT: Tensor, mask_BT: Tensor, **more: Any) -> Any:

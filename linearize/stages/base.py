@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,6 +40,34 @@ class Job:
     checkpoint_steps: int | None = None
     progress: bool = True
     on_step: Callable[[str, int], None] = lambda stage, step: None
+
+
+class Processes:
+    """The processes of one run: one, or those that torchrun or accelerate started. The first writes, all compute."""
+
+    def __init__(self, device: str = "auto") -> None:
+        from accelerate import PartialState
+
+        many = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        self.state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available()) if many else None
+
+    @property
+    def first(self) -> bool:
+        return self.state is None or self.state.is_main_process
+
+    def wait(self) -> None:
+        """Until all are here."""
+        if self.state is not None:
+            self.state.wait_for_everyone()
+
+    @contextmanager
+    def in_turn(self) -> Iterator[None]:
+        """The first process goes through the block before the others do, who find on disk what it made."""
+        if not self.first:
+            self.wait()
+        yield
+        if self.first:
+            self.wait()
 
 
 def share_of(total: Tensor, weight: Tensor) -> Tensor:

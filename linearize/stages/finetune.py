@@ -63,10 +63,8 @@ def inject_lora(model: nn.Module, plan: FinetunePlan, sites: list[str]) -> dict[
 class Finetune:
     """The objective of the stage: a mix of logit KL, next-token loss and hidden-state matching."""
 
-    name = "finetune"
-
-    def __init__(self, job: Job, plan: FinetunePlan) -> None:
-        self.job, self.plan = job, plan
+    def __init__(self, job: Job, plan: FinetunePlan, name: str = "finetune") -> None:
+        self.job, self.plan, self.name = job, plan, name
         model = job.model
         torch.manual_seed(job.seed)  # LoRA's random half
         model.requires_grad_(False)
@@ -118,7 +116,7 @@ class Finetune:
         for name, loss_N in losses._asdict().items():
             if getattr(plan, name):
                 parts[name] = share_of((loss_N * weight_N).sum(), weight_N.sum())
-        if plan.hidden:
+        if plan.hidden and teacher is not None:
             pairs = zip(student.hidden_states[1:], teacher.hidden_states[1:], strict=True)
             errors = [share_of(((a - b).float() ** 2).sum(), (b.float() ** 2).sum()) for a, b in pairs]
             parts["hidden"] = torch.stack(errors).mean()
@@ -129,7 +127,9 @@ class Finetune:
         """The head whose losses are computed a block at a time, None where logits are more than that."""
         one = {k: v[:1] if isinstance(v, Tensor) else v for k, v in inputs.items()}
         with torch.no_grad(), self.job.surgery.teacher():
-            head = plain_head(self.job.model, body(self.job.model)(**one).last_hidden_state, self.job.model(**one).logits)
+            head = plain_head(
+                self.job.model, body(self.job.model)(**one).last_hidden_state, self.job.model(**one).logits
+            )
         if head is None:
             log.info("finetune: logits are not one frozen linear layer here; they are held whole")
         return head
@@ -174,10 +174,10 @@ class _Frozen:
             parameter.data, self.original[name] = self.original[name], parameter.data
 
 
-def finetune(job: Job, plan: FinetunePlan) -> StageReport:
-    """Run the stage: LoRA (or all weights) and, with `mixer_lr`, the mixers change."""
+def finetune(job: Job, plan: FinetunePlan, name: str = "finetune") -> StageReport:
+    """Run the stage: LoRA (or all weights) and, with `mixer_lr`, the mixers change. name: as in `transfer`."""
     training = job.model.training
     try:
-        return train(job, Finetune(job, plan), plan)
+        return train(job, Finetune(job, plan, name), plan)
     finally:
         job.model.train(training)

@@ -17,7 +17,7 @@ BLOCK = 2**21  # logits held at once, per model
 
 
 class Losses(NamedTuple):
-    """Per row, nats: kl_N = KL(teacher || student), lm_N = negative log-likelihood of the label (0 where it is -100)."""
+    """Per row, nats: kl_N = KL(teacher || student), lm_N = -log p of the label (0 where it is -100)."""
 
     kl: Tensor
     lm: Tensor
@@ -53,7 +53,7 @@ class _HeadLosses(torch.autograd.Function):
     def forward(ctx: Any, student_ND, teacher_ND, head, label_N, kl: bool, lm: bool):  # type: ignore[override]
         N = student_ND.shape[0]
         losses = student_ND.new_zeros(2, N, dtype=torch.float32)
-        grads = [torch.empty_like(student_ND) if wanted else None for wanted in (kl, lm)]
+        grads = [torch.empty_like(student_ND) if wanted else student_ND.new_empty(0) for wanted in (kl, lm)]
         rows = max(1, BLOCK // head.out_features)
         for start in range(0, N, rows):
             part = slice(start, min(start + rows, N))
@@ -69,20 +69,15 @@ class _HeadLosses(torch.autograd.Function):
                 weight = goal.exp()
                 losses[0, part] = (weight * goal.sub_(guess)).sum(-1)
                 grads[0][part] = guess.exp_().sub_(weight).to(head.weight.dtype) @ head.weight
-        ctx.save_for_backward(*(g for g in grads if g is not None))
+        ctx.save_for_backward(*grads)
         ctx.wanted = (kl, lm)
         return losses[0], losses[1]
 
     @staticmethod
     def backward(ctx: Any, kl_N: Tensor, lm_N: Tensor):  # type: ignore[override]
-        saved = iter(ctx.saved_tensors)
-        total = None
-        for wanted, grad_N in zip(ctx.wanted, (kl_N, lm_N), strict=True):
-            if wanted:
-                slope = next(saved)
-                part = slope * grad_N[:, None].to(slope.dtype)
-                total = part if total is None else total + part
-        return total, None, None, None, None, None
+        parts = zip(ctx.wanted, ctx.saved_tensors, (kl_N, lm_N), strict=True)
+        total = [slope * grad_N[:, None].to(slope.dtype) for wanted, slope, grad_N in parts if wanted]
+        return sum(total[1:], total[0]), None, None, None, None, None
 
 
 def logit_losses(
@@ -93,8 +88,9 @@ def logit_losses(
     zero_N = student_NV.new_zeros(len(label_N), dtype=torch.float32)
     if kl and teacher_BPV is None:
         raise ValueError("KL needs the teacher's logits")
+    goal_NV = None if teacher_BPV is None else teacher_BPV.flatten(0, 1)
     return Losses(
-        _LogitKL.apply(student_NV, teacher_BPV.flatten(0, 1)) if kl else zero_N,
+        _LogitKL.apply(student_NV, goal_NV) if kl else zero_N,
         F.cross_entropy(student_NV.float(), label_N, ignore_index=-100, reduction="none") if lm else zero_N,
     )
 

@@ -32,10 +32,8 @@ class _LastSite(Exception):
 class Transfer:
     """The objective of the stage. Losses per site, in the order of the sites, are logged as `layer.<i>`."""
 
-    name = "transfer"
-
-    def __init__(self, surgery: Surgery, plan: TransferPlan) -> None:
-        self.surgery, self.plan = surgery, plan
+    def __init__(self, surgery: Surgery, plan: TransferPlan, name: str = "transfer") -> None:
+        self.surgery, self.plan, self.name = surgery, plan, name
         parameters = {f"{site}.{n}": p for site, mixer in surgery.mixers.items() for n, p in mixer.named_parameters()}
         self.groups = [(parameters, plan.lr)]
         if not parameters:
@@ -165,6 +163,6 @@ def far_loss(mixer: Any, q: Tensor, parts: Branches, ctx: Context, out: Tensor, 
     )
 
 
-def transfer(job: Job, plan: TransferPlan) -> StageReport:
-    """Run the stage: only the mixers change."""
-    return train(job, Transfer(job.surgery, plan), plan)
+def transfer(job: Job, plan: TransferPlan, name: str = "transfer") -> StageReport:
+    """Run the stage: only the mixers change. name: of its checkpoints, where a plan has several of them."""
+    return train(job, Transfer(job.surgery, plan, name), plan)

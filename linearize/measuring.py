@@ -1,0 +1,171 @@
+"""The rows of a conversion's table: which variants are measured, and that a finished one is never measured again."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from linearize.evaluate import quality
+from linearize.plan import FinetunePlan, Plan
+from linearize.report import schema
+from linearize.stages.base import Job
+from linearize.stages.finetune import finetune
+from linearize.storage import write_atomic
+from linearize.surgery.attach import Surgery
+
+CURVED = 24  # documents that a curve is followed on
+
+
+@dataclass
+class Work:
+    """The folder beside the output that makes a run resumable; None where nothing is written."""
+
+    folder: Path | None
+
+    def sub(self, name: str) -> Path | None:
+        return None if self.folder is None else self.folder / name
+
+
+class Measure:
+    """Scores of every row on the same documents; those of a finished step are kept in the work folder."""
+
+    def __init__(
+        self, plan: Plan, work: Work, documents: list[Tensor], surgery: Surgery, teacher: Callable[[], Any],
+        writes: bool = True,
+    ) -> None:  # fmt: skip
+        self.plan, self.work, self.documents, self.surgery, self.teacher = plan, work, documents, surgery, teacher
+        self.writes = writes  # one of several processes does
+        self.scores: dict[str, quality.Score] = {}
+        self.points: dict[int, float] = {}  # the perplexity ratio by tokens trained
+
+    def add(self, *variants: quality.Variant) -> None:
+        self._recall(quality.TEACHER)
+        missing = [v for v in variants if not self._recall(v[0])]
+        if not missing:
+            return
+        found = quality.measure(
+            self.surgery.model, self.documents, missing, teacher=self.teacher, batch=self.plan.eval.batch,
+            window=self.plan.eval.window,
+        )  # fmt: skip
+        for score in found:
+            if score.name not in self.scores:
+                self.scores[score.name] = score
+                self._keep(score)
+
+    def _path(self, name: str) -> Path | None:
+        return self.work.sub(f"scores/{name.replace(' ', '-')}.safetensors")
+
+    def _keep(self, score: quality.Score) -> None:
+        from safetensors.torch import save
+
+        if self.writes and (path := self._path(score.name)) is not None:
+            tensors = {"nll": score.nll_N, "kl": score.kl_N, "agree": score.agree_N}
+            tensors = {k: v.contiguous().clone() for k, v in tensors.items()}
+            if score.residual is not None:
+                tensors["residual"] = torch.tensor(score.residual, dtype=torch.float64)
+            write_atomic(path, save(tensors))
+
+    def _recall(self, name: str) -> bool:
+        from safetensors.torch import load
+
+        path = self._path(name)
+        if path is None or not path.is_file():
+            return name in self.scores
+        kept = load(path.read_bytes())
+        residual = kept["residual"].tolist() if "residual" in kept else None
+        targets = quality.targets(self.documents, self.plan.eval.window)
+        self.scores[name] = quality.Score(name, targets, kept["nll"], kept["kl"], kept["agree"], residual)
+        return True
+
+    def rows(self) -> list[schema.Row]:
+        """The table, the teacher first; parts of the text that the plan names stand in each row."""
+        scores = [self.scores[quality.TEACHER], *(s for n, s in self.scores.items() if n != quality.TEACHER)]
+        rows = [schema.Row(**asdict(row)) for row in quality.table(scores, seed=self.plan.seed)]
+        for name, span in self.plan.eval.parts.items():
+            first, last = map(int, span.split("-"))
+            some = quality.table([s.take(range(first, last + 1)) for s in scores], resamples=0)
+            for row, part in zip(rows, some, strict=True):
+                row.parts[name] = {k: v for k in schema.Row.METRICS if (v := getattr(part, k)) is not None}
+        return rows
+
+    # ------------------------------------------------------------------------------------- the ratio along training
+    def along(self, length: int, on_step: Callable[[str, int], None]) -> Callable[[str, int], None]:
+        """`on_step`, and behind it a point of the curve after every `eval.curve` tokens. length: of a sequence."""
+        every = self.plan.eval.curve
+        if every is None:
+            return on_step
+        names = self.plan.stage_names()
+        sizes = [stage.batch * length for stage in self.plan.stages]
+        starts = [0]
+        for stage, size in zip(self.plan.stages, sizes, strict=True):
+            starts.append(starts[-1] + stage.steps(length) * size)
+
+        def then(stage: str, step: int) -> None:
+            on_step(stage, step)
+            if stage not in names:
+                return
+            index = names.index(stage)
+            tokens = starts[index] + step * sizes[index]
+            if tokens // every != (tokens - sizes[index]) // every or tokens == starts[index + 1]:
+                self.points[tokens] = self._ratio()
+                if self.writes and (path := self.work.sub("curve.json")) is not None:
+                    write_atomic(path, json.dumps(self.points))
+
+        path = self.work.sub("curve.json")
+        if path is not None and path.is_file():
+            self.points = {int(n): ratio for n, ratio in json.loads(path.read_text()).items()}
+        return then
+
+    def _ratio(self) -> float:
+        step = max(1, len(self.documents) // CURVED)
+        found = quality.compare(
+            self.surgery.model, self.documents[::step], [(quality.STUDENT, nullcontext)], teacher=self.teacher,
+            batch=self.plan.eval.batch, window=self.plan.eval.window, residual=0, progress=False,
+        )  # fmt: skip
+        return found[1].ratio
+
+    def curves(self) -> dict[str, schema.Curve]:
+        """What was followed along training; empty where nothing was."""
+        if not self.points:
+            return {}
+        places = sorted(self.points)
+        return {
+            "ratio": schema.Curve(
+                x_label="tokens",
+                y_label="perplexity over the teacher's",
+                x=[float(n) for n in places],
+                y=[self.points[n] for n in places],
+            )
+        }
+
+
+def rivals(plan: Plan, job: Job, frozen: nn.Module | None, say: Callable[[str], None]) -> dict[str, nn.Module]:
+    """What the student has to beat: modules that share the teacher's weights. Made before LoRA is injected."""
+    window = {"window": plan.eval.window, "sinks": plan.eval.sinks}
+    teacher = job.model if frozen is None else frozen
+    found = {quality.WINDOW: quality.baseline(teacher, "window", window, job.surgery.sites)}
+    last = plan.stage("finetune")
+    if plan.eval.window_only and isinstance(last, FinetunePlan):
+        tokens = sum(stage.tokens for stage in plan.stages)
+        say(f"training a window-only student on the same {tokens:,} tokens")
+        twin = quality.baseline(teacher, "window", window, job.surgery.sites)
+        if last.mode == "full":
+            twin = copy.deepcopy(twin)
+        surgery = Surgery.of(twin)
+        assert surgery is not None
+        rival = replace(
+            job,
+            model=twin,
+            surgery=surgery,
+        )
+        finetune(rival, last.model_copy(update={"tokens": tokens, "mixer_lr": None}), "window-only")
+        found["window-only student"] = twin
+    return found
