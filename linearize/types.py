@@ -136,6 +136,17 @@ class Context:
             codes = torch.ones(B, T, dtype=torch.long, device=like_BHTK.device)
         return codes if self.valid_BT is None else codes * self.valid_BT
 
+    def visible(self, like_BHTK: Tensor, rows: slice = slice(None), window: int | None = None) -> Tensor:
+        """Which keys of this call the queries `rows` may see, from the definition: bool [B, rows, T]. window: the last
+        so many columns alone."""
+        codes_BT = self.codes(like_BHTK)
+        column_T = torch.arange(codes_BT.shape[1], device=codes_BT.device)
+        distance_RT = column_T[rows, None] - column_T
+        seen_BRT = (codes_BT[:, rows, None] == codes_BT[:, None]) & (codes_BT > 0)[:, None]
+        if self.causal:
+            seen_BRT = seen_BRT & (distance_RT >= 0)
+        return seen_BRT if window is None else seen_BRT & (distance_RT < window)
+
     def without_slot(self) -> Context:
         return replace(self, slot=None)
 

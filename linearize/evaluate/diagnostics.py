@@ -123,14 +123,7 @@ def teacher_weights(site: Site, q_BHTK: Tensor, k_BGTK: Tensor, ctx: Context) ->
     """Softmax weights [B, H, T, T] from q and k: with the teacher's own window, padding and packed documents, without
     what is not in the scores (soft-cap, learned sinks, ALiBi; `site.drops` names them)."""
     scores = _logits(q_BHTK, k_BGTK, ctx)
-    codes = ctx.codes(q_BHTK)
-    seen = (codes[:, :, None] == codes[:, None]) & (codes > 0)[:, None]
-    if ctx.causal:
-        seen = seen.tril()
-    if site.shape.window is not None:
-        place = torch.arange(seen.shape[1], device=seen.device)
-        seen = seen & (place[:, None] - place < site.shape.window)
-    seen = seen[:, None]
+    seen = ctx.visible(q_BHTK, window=site.shape.window)[:, None]
     return scores.masked_fill(~seen, torch.finfo(scores.dtype).min).softmax(-1).masked_fill(~seen, 0)
 
 

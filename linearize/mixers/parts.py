@@ -252,13 +252,12 @@ def local_mask(
 ) -> tuple[Tensor, Tensor]:
     """(visible_BTT, local_BTT) from the definition: which keys the queries `rows` may see, and which of them are the
     local branch's. The dense oracle of every windowed method."""
-    codes = ctx.codes(like_BHTK)
-    T = codes.shape[1]
-    column = torch.arange(T, device=codes.device)
+    visible = ctx.visible(like_BHTK, rows)
+    column = torch.arange(visible.shape[-1], device=visible.device)
     distance = column[rows, None] - column
-    visible = (codes[:, rows, None] == codes[:, None]) & (codes > 0)[:, None] & (distance >= 0)
     local = (distance < window_width).expand_as(visible)
     if sinks:  # how many tokens of its document stand before each
+        codes = ctx.codes(like_BHTK)
         rank = (codes[:, :, None] == codes[:, None]).tril(-1).sum(-1)
         local = local | (rank < sinks)[:, None]
     return visible, visible & local

@@ -22,9 +22,7 @@ class Softmax(Mixer):
 
     def dense(self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTV: Tensor, ctx: Context, rows: slice = slice(None)) -> Tensor:
         scores = q_BHTK[:, :, rows] @ k_BGTK.repeat_interleave(self.shape.group, 1).mT * ctx.scale
-        codes = ctx.codes(q_BHTK)
-        seen = (codes[:, :, None] == codes[:, None]) & (codes > 0)[:, None]
-        seen = (seen.tril() if ctx.causal else seen)[:, None, rows]
+        seen = ctx.visible(q_BHTK, rows)[:, None]
         lowest = torch.finfo(scores.dtype).min
         return scores.masked_fill(~seen, lowest).softmax(-1).masked_fill(~seen, 0)
 

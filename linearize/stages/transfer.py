@@ -94,12 +94,7 @@ def teacher_scores(
 
     window: the teacher's own. What is not in the scores (soft-cap, learned sinks) is left out; `site.drops` names it.
     """
-    codes = ctx.codes(q_BHTK)
-    column = torch.arange(codes.shape[1], device=codes.device)
-    distance = column[rows, None] - column
-    visible = (codes[:, rows, None] == codes[:, None]) & (codes > 0)[:, None] & (distance >= 0)
-    if window is not None:
-        visible = visible & (distance < window)
+    visible = ctx.visible(q_BHTK, rows, window)
     k = k_BGTK.float().repeat_interleave(q_BHTK.shape[1] // k_BGTK.shape[1], 1)
     scores = q_BHTK[:, :, rows].float() @ k.mT * ctx.scale
     return scores.masked_fill(~visible[:, None], -torch.inf), visible[:, None]
