@@ -1,6 +1,6 @@
 """Run recipes and file what came out: recipes/results/<method>/<model>.json, one per recipe. Finished ones are skipped.
 
-    python recipes/measure.py hedgehog/stories15m-window --model FOLDER --eval FILE [--seeds 0 1 2] [--set key=value]
+    python recipes/measure.py hedgehog/stories15m-window --model FOLDER [--data FILE] --eval FILE [--seeds 0 1 2] [--set key=value]
 
 Every seed is a conversion of its own under --work, resumed where it was killed; several are averaged into one file.
 The table of the README is made from these files by `linearize report --update-readme`.
@@ -24,6 +24,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", help="its name, as in `linearize list recipes`")
     parser.add_argument("--model", help="folder, GGUF file or hub id; none: the recipe's")
+    parser.add_argument("--data", help="text to train on; none: the recipe's, else the teacher writes it")
     parser.add_argument("--eval", help="text the table is measured on; none: held-out text of the teacher")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--set", nargs="*", default=[], help="further recipe keys")
@@ -39,7 +40,8 @@ def main() -> None:
         if (folder / "report.json").is_file():
             reports.append(schema.read(folder, schema.Report))
             continue
-        settings = [f"seed={seed}", *arguments.set, *([f"eval.source={arguments.eval}"] if arguments.eval else [])]
+        sources = {"data.source": arguments.data, "eval.source": arguments.eval}
+        settings = [f"seed={seed}", *arguments.set, *(f"{key}={file}" for key, file in sources.items() if file)]
         converted = api.convert(
             arguments.model, recipe=arguments.recipe, overrides=settings, output_dir=folder, resume=True
         )
