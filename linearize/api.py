@@ -232,6 +232,7 @@ def evaluate(
     from linearize.plan import Plan
     from linearize.report import schema, verdict
     from linearize.surgery.attach import Surgery
+    from linearize.surgery.twin import twin
     from linearize.types import InputError
 
     folder = Path(model)
@@ -254,7 +255,7 @@ def evaluate(
         documents = [ids[:length] for ids in read_documents(folder / HELD_OUT)[:limit]]
     else:
         raise InputError("this folder holds no text to measure on: name one with --dataset")
-    window = quality.baseline(base, "window", {"window": plan.eval.window, "sinks": plan.eval.sinks})
+    window = twin(base, "window", {"window": plan.eval.window, "sinks": plan.eval.sinks})
     branches = sorted({branch for mixer in surgery.mixers.values() for branch in mixer.branches})
     rows = quality.compare(
         student.model,

@@ -36,7 +36,8 @@ from linearize.stages.merge import merge
 from linearize.stages.transfer import transfer
 from linearize.storage import atomic_folder, check_target, write_atomic
 from linearize.surgery import files
-from linearize.surgery.attach import CHILD, Surgery, attach
+from linearize.surgery.attach import Surgery, attach
+from linearize.surgery.port import CHILD
 from linearize.surgery.select import break_even
 from linearize.types import GateError, InputError, Site, StageReport, Unsupported
 

@@ -20,6 +20,7 @@ from linearize.stages.base import Job
 from linearize.stages.finetune import finetune
 from linearize.storage import write_atomic
 from linearize.surgery.attach import Surgery
+from linearize.surgery.twin import twin
 
 CURVED = 24  # documents that a curve is followed on
 
@@ -151,21 +152,20 @@ def rivals(plan: Plan, job: Job, frozen: nn.Module | None, say: Callable[[str], 
     """What the student has to beat: modules that share the teacher's weights. Made before LoRA is injected."""
     window = {"window": plan.eval.window, "sinks": plan.eval.sinks}
     teacher = job.model if frozen is None else frozen
-    found = {quality.WINDOW: quality.baseline(teacher, "window", window, job.surgery.sites)}
+    found = {quality.WINDOW: twin(teacher, "window", window, job.surgery.sites)}
     last = plan.stage("finetune")
     if plan.eval.window_only and isinstance(last, FinetunePlan):
         tokens = sum(stage.tokens for stage in plan.stages)
         say(f"training a window-only student on the same {tokens:,} tokens")
-        twin = quality.baseline(teacher, "window", window, job.surgery.sites)
+        rival = twin(teacher, "window", window, job.surgery.sites)
         if last.mode == "full":
-            twin = copy.deepcopy(twin)
-        surgery = Surgery.of(twin)
+            rival = copy.deepcopy(rival)
+        surgery = Surgery.of(rival)
         assert surgery is not None
-        rival = replace(
-            job,
-            model=twin,
-            surgery=surgery,
+        finetune(
+            replace(job, model=rival, surgery=surgery),
+            last.model_copy(update={"tokens": tokens, "mixer_lr": None}),
+            "window-only",
         )
-        finetune(rival, last.model_copy(update={"tokens": tokens, "mixer_lr": None}), "window-only")
-        found["window-only student"] = twin
+        found["window-only student"] = rival
     return found

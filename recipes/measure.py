@@ -1,6 +1,7 @@
 """Run recipes and file what came out: recipes/results/<method>/<model>.json, one per recipe. Finished ones are skipped.
 
-    python recipes/measure.py hedgehog/stories15m-window --model FOLDER [--data FILE] --eval FILE [--seeds 0 1 2] [--set key=value]
+    python recipes/measure.py hedgehog/stories15m-window --model FOLDER [--data FILE] --eval FILE [--seeds 0 1 2]
+                               [--set key=value]
 
 Every seed is a conversion of its own under --work, resumed where it was killed; several are averaged into one file.
 The table of the README is made from these files by `linearize report --update-readme`.

@@ -15,11 +15,12 @@ from linearize.data.text import documents, read_texts
 from linearize.evaluate import quality
 from linearize.evaluate.diagnostics import dense_maps, diagnose, spearman, teacher_weights
 from linearize.evaluate.generation import distinct, generation, prompts, repetition
-from linearize.evaluate.quality import Score, Targets, baseline, compare, copy_from_beyond, measure, table
+from linearize.evaluate.quality import Score, Targets, compare, copy_from_beyond, measure, table
 from linearize.report.schema import Diagnostics as ReportDiagnostics
 from linearize.report.schema import Generation as ReportGeneration
 from linearize.report.schema import Row as ReportRow
 from linearize.report.verdict import judge
+from linearize.surgery.twin import twin
 from linearize.testing.pico import pico
 from linearize.types import GateError, InputError
 
@@ -199,17 +200,17 @@ def test_a_converted_models_teacher_is_the_model_before(model):
 
 def test_a_baseline_shares_the_weights_and_leaves_the_conversion(model):
     docs = make_documents([60, 33, 12])
-    alone = compare(model, docs, [("w", lambda: nullcontext(baseline(model, "window", {"window": 8, "sinks": 2})))])[1]
+    alone = compare(model, docs, [("w", lambda: nullcontext(twin(model, "window", {"window": 8, "sinks": 2})))])[1]
     surgery = linearize.attach(model, None, "hedgehog", {"window": 8, "sinks": 2})
     student = compare(model, docs, [("student", nullcontext)], teacher=surgery.teacher)[1]
-    twin = baseline(model, "window", {"window": 8, "sinks": 2})
-    assert {p.data_ptr() for p in twin.parameters()} <= {p.data_ptr() for p in model.parameters()}
-    rows = compare(model, docs, [("w", lambda: nullcontext(twin)), ("student", nullcontext)], teacher=surgery.teacher)
+    made = twin(model, "window", {"window": 8, "sinks": 2})
+    assert {p.data_ptr() for p in made.parameters()} <= {p.data_ptr() for p in model.parameters()}
+    rows = compare(model, docs, [("w", lambda: nullcontext(made)), ("student", nullcontext)], teacher=surgery.teacher)
     assert rows[1].nll == alone.nll and rows[2].nll == student.nll
     # The window's own branch, alone, is the zero-token window: the same softmax by another way.
     off = compare(model, docs, [("off", lambda: surgery.ablate("linear_off"))], teacher=surgery.teacher)[1]
     assert off.kl == pytest.approx(alone.kl, abs=1e-5)
-    everything = baseline(model, "window", {"window": 64, "sinks": 0})
+    everything = twin(model, "window", {"window": 64, "sinks": 0})
     assert compare(model, docs, [("w", lambda: nullcontext(everything))], teacher=surgery.teacher)[1].kl < 1e-9
 
 
@@ -353,7 +354,7 @@ def test_published_figures_of_stories15m(stories):
     docs = documents(read_texts(ASSETS / "text" / "tinystories-192.txt", limit=120), tokenizer, 255)
     assert len(docs) == 120 and len(docs[0]) <= 255 and docs[0][0] == 1
     narrow, wide = {"window": 32, "sinks": 0}, {"window": 64, "sinks": 4}
-    windows = {quality.WINDOW: baseline(model, "window", narrow), "wide": baseline(model, "window", wide)}
+    windows = {quality.WINDOW: twin(model, "window", narrow), "wide": twin(model, "window", wide)}
     rows = compare(model, docs, [(n, lambda m=m: nullcontext(m)) for n, m in windows.items()], residual=2)
     teacher, narrow, wide = rows
     assert teacher.perplexity == pytest.approx(5.74, abs=0.006)

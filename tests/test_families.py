@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 import linearize
-from linearize.surgery.attach import CHILD
+from linearize.surgery.port import CHILD
 from linearize.testing.pico import FAMILIES, pico
 from linearize.types import InputError, Unsupported
 

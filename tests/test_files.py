@@ -25,7 +25,7 @@ from linearize.seams import hf
 from linearize.stages.export import export
 from linearize.stages.merge import merge, merged_weight
 from linearize.surgery import files, state
-from linearize.surgery.attach import CHILD
+from linearize.surgery.port import CHILD
 from linearize.testing.pico import FAMILIES, pico
 from linearize.types import GateError, InputError, StorageError, Unsupported
 
@@ -205,7 +205,7 @@ def test_what_is_not_converted_is_not_saved_as_if(tmp_path):
     with pytest.raises(InputError, match="not converted"):
         files.save(pico("llama"), tmp_path / "a")
     pico("llama").save_pretrained(tmp_path / "plain")
-    with pytest.raises(InputError, match="not converted"):
+    with pytest.raises(InputError, match="not a converted model"):
         linearize.load(tmp_path / "plain")
     assert not (tmp_path / "a").exists()
 

@@ -37,9 +37,9 @@ MAY_IMPORT = {
     "resolve": {"answers", "mixers", "models", "plan", "surgery", "types"},
 }
 #: the top joins everything below it
-TOP = ("conversion", "api", "cli", "__init__")
-#: where code of models and pipelines may be imported from third parties. surgery/attach also takes off and puts back
-#: accelerate's hooks, and api turns down transformers' logging: neither is model code.
+TOP = ("measuring", "conversion", "api", "cli", "__init__")
+#: where code of models and pipelines may be imported from third parties. seams/hooks knows accelerate's hooks by name
+#: alone, and api turns down transformers' logging: neither is model code.
 MODEL_CODE = {"transformers", "diffusers", "timm", "peft"}
 MAY_KNOW_MODELS = ("models", "seams", "surgery.files", "data", "stages", "evaluate", "pipelines", "testing.pico")
 NOT_MODEL_CODE = {"transformers.utils"}

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 import linearize
 from linearize.seams import interface
 from linearize.seams.cache import StateLayer
-from linearize.surgery.attach import CHILD, PORT
+from linearize.surgery.port import CHILD, PORT
 from linearize.surgery.select import break_even, parse_layers, worthwhile
 from linearize.testing.pico import pico
 from linearize.testing.tolerance import close

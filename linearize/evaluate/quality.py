@@ -1,16 +1,15 @@
 """How good a converted model is: every variant of one model on the same documents, in one pass.
 
 A variant is a name and a context manager factory; inside it the model behaves as that variant (mixers off, a branch
-off, ...). A context manager that yields a module has that module measured instead (see `baseline`). For each batch the
-teacher's log-probabilities are computed once and the variants are streamed against them, so that memory does not grow
-with their number. All figures are weighted by token; predictions of positions 1 and up count.
+off, ...). A context manager that yields a module has that module measured instead (see surgery/twin.py). For each batch
+the teacher's log-probabilities are computed once and the variants are streamed against them, so that memory does not
+grow with their number. All figures are weighted by token; predictions of positions 1 and up count.
 """
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -156,27 +155,6 @@ def residual_error(
                 found[name] = torch.stack(error).double() + found.get(name, 0)
             count += len(ids_T) - 1
     return {name: (total / count).tolist() for name, total in found.items()}
-
-
-def baseline(model: nn.Module, method: str, config: Mapping[str, Any] | None = None, sites: Any = None) -> nn.Module:
-    """The teacher behind `model` with an untrained `method` attached, as a module of its own that shares every
-    parameter with `model` (no memory, and the conversion of `model` stays as it is): what a zero-token baseline is.
-
-    LoRA, where injected, is off in it. sites: those of `model`'s conversion, else all.
-    """
-    from linearize.surgery.attach import Surgery, attach
-
-    shared = {id(t): t for t in [*model.parameters(), *model.buffers()]}
-    twin = copy.deepcopy(model, shared)  # the memo makes deepcopy hand the tensors through
-    for module in twin.modules():
-        if hasattr(module, "lora_A") and hasattr(module, "disable_adapters"):
-            module._disable_adapters = True  # as Surgery.teacher does
-    earlier = Surgery.of(twin)
-    if earlier is not None:
-        sites = earlier.sites if sites is None else sites
-        earlier.detach()
-    attach(twin, sites, method, dict(config or {}))
-    return twin.eval()
 
 
 def targets(documents: Sequence[Tensor], window: int) -> Targets:

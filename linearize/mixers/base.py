@@ -170,6 +170,13 @@ def get(name: str | type[Mixer]) -> type[Mixer]:
     return found[0]
 
 
+def name_of(cls: type[Mixer]) -> str:
+    """The name that `get` finds `cls` by: its entry point's where it has one, else that of its file."""
+    place = f"{cls.__module__}:{cls.__qualname__}"
+    own = next((point.name for point in entry_points(group=_GROUP) if point.value == place), None)
+    return own or cls.__module__.rpartition(".")[2]
+
+
 def configure(name: str | type[Mixer], settings: MixerConfig | dict[str, Any] | None) -> MixerConfig:
     """`settings` as the method's own Config. Raises InputError naming the offending key and the nearest valid one."""
     cls = get(name)

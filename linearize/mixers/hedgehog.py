@@ -75,7 +75,7 @@ class Hedgehog(RecurrentMixer):
         if self.off == "linear_off":
             return local.output.to(q_BHTK.dtype), state
         assert self.combine is not None
-        near, far = self.combine.shares(local.lse, local.max, parts.mass, q_BHTK, ctx.scale)
+        near, far = self.combine(local.lse, local.max, parts.mass, q_BHTK, ctx.scale)
         out = (near[..., None] * local.output + far[..., None] * parts.far) / (near + far + self.config.eps)[..., None]
         return out.to(q_BHTK.dtype), state
 

@@ -290,7 +290,7 @@ class Combination(nn.Module):
         length = (q_BHTK.to(dtype) * scale).norm(dim=-1)
         return log_z + self.offset_H.to(dtype)[:, None] + self.slope_H.to(dtype)[:, None] * length
 
-    def shares(
+    def forward(
         self, lse: Tensor, top: Tensor, normaliser: Tensor, q_BHTK: Tensor, scale: float
     ) -> tuple[Tensor, Tensor]:
         """(local mass, far mass) on a common scale, [B, H, T] each: the output is their weighted mean."""

@@ -18,9 +18,9 @@ from linearize.plan import FinetunePlan
 from linearize.stages.base import Job, body, share_of
 from linearize.stages.head import head_losses, logit_losses, plain_head
 from linearize.stages.loop import train
+from linearize.surgery.port import CHILD
 from linearize.types import InputError, StageReport
 
-CHILD = "linearize_mixer"
 log = logging.getLogger(__name__)
 
 

@@ -147,7 +147,7 @@ def far_loss(mixer: Any, q: Tensor, parts: Branches, ctx: Context, out: Tensor, 
     """
     assert parts.local is not None
     error = ((field.share[..., None] * parts.far.float() - field.sum) ** 2).sum(-1) * field.real
-    near, far = mixer.combine.shares(parts.local.lse, parts.local.max, parts.mass, q, ctx.scale)
+    near, far = mixer.combine(parts.local.lse, parts.local.max, parts.mass, q, ctx.scale)
     guess = (far / (near + far).clamp(min=1e-12)).clamp(1e-6, 1 - 1e-6).float()
     both, guessed = torch.stack([field.share, 1 - field.share]), torch.stack([guess, 1 - guess])
     mass = (both * (both.clamp(min=1e-12).log() - guessed.log())).sum(0)

@@ -23,7 +23,8 @@ import linearize
 from linearize.mixers.base import Mixer
 from linearize.seams import hf
 from linearize.storage import atomic_folder, write_atomic
-from linearize.surgery.attach import CHILD, PORT, Surgery, attach
+from linearize.surgery.attach import Surgery, attach
+from linearize.surgery.port import CHILD, PORT
 from linearize.surgery.select import find
 from linearize.types import InputError, StorageError, Unsupported
 

@@ -1,0 +1,180 @@
+"""Between an attention module and its mixer: the port, and the subclass whose forward hands it the call's context."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from linearize.mixers.base import Mixer
+from linearize.seams import hf, interface, sdpa
+from linearize.seams.cache import StateLayer, state_layer
+from linearize.types import Context, InputError, Rotary, Site, Unsupported
+
+#: the child module that holds a mixer; families own names like `linear_attn` themselves
+CHILD = "linearize_mixer"
+PORT = "linearize_port"
+
+Watcher = Callable[[Site, Mixer, Tensor, Tensor, Tensor, Context, Tensor], None]
+
+
+@dataclass
+class Call:
+    """What one forward of an attention module was given, kept only while it runs."""
+
+    hidden: Tensor | None
+    position_embeddings: Any
+    positions: Tensor | None
+    layer: StateLayer | None
+
+
+@dataclass
+class Port:
+    """Between an attention module and its mixer. mode: "student" (the mixer answers), "teacher" (softmax does)."""
+
+    site: Site
+    cls: type[nn.Module]
+    parameters: tuple[str, ...]
+    teacher: str  # implementation name of the family's own softmax
+    config: Any  # the module's own config object, to put back
+    mode: str = "student"
+    watcher: Watcher | None = None
+    rotates: bool = True
+    rotary_channels: int | None = None  # how many channels of a head the family rotates (None: as many as cos has)
+    call: Call | None = None
+    fired: int = 0
+    seen: list[Any] = field(default_factory=list)
+    plain: list[Any] = field(default_factory=list)  # probe: q and k as they are without rotation
+    wants_plain: bool = False
+
+    # ------------------------------------------------------------------------------------- around forward
+    def enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Record the call's context."""
+        named = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
+        cross = any(named.get(n) is not None for n in ("key_value_states", "encoder_hidden_states"))
+        if cross:
+            raise Unsupported(f"{self.site.name} was called as cross-attention (with keys of its own): leave it")
+        cache = next((a for a in (*kwargs.values(), *args) if isinstance(a, hf.Cache | hf.EncoderDecoderCache)), None)
+        self.call = Call(
+            hidden=args[0] if args else named.get("hidden_states"),
+            position_embeddings=named.get("position_embeddings"),
+            positions=named.get("position_ids"),
+            layer=self._layer(module, cache),
+        )
+
+    def _layer(self, module: nn.Module, cache: Any) -> StateLayer | None:
+        if cache is None or self.site.layer is None:
+            return None
+        if self.mode == "student" and self.watcher is None:
+            return state_layer(cache, self.site.layer) if getattr(module, CHILD).recurrent else None
+        own = cache.self_attention_cache if isinstance(cache, hf.EncoderDecoderCache) else cache
+        if len(own.layers) > self.site.layer and isinstance(own.layers[self.site.layer], StateLayer):
+            raise InputError("this cache holds the student's state; the teacher needs a cache of its own")
+        return None
+
+    # ------------------------------------------------------------------------------------- inside forward
+    def answer(
+        self, module: nn.Module, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTV: Tensor, mask: Any, **kwargs: Any
+    ) -> Tensor:
+        """o_BHTV of this call, from the mixer or from the teacher."""
+        assert self.call is not None
+
+        def teacher() -> Tensor:
+            return self._softmax(module, q_BHTK, k_BGTK, v_BGTV, mask, kwargs)
+
+        if self.mode == "plain":
+            self.plain = [q_BHTK, k_BGTK]
+            return teacher()
+        self.fired += 1
+        if self.mode == "probe":
+            self.seen.append((q_BHTK, k_BGTK, v_BGTV, self._rotary()))
+            return teacher()
+        if self.mode == "teacher":
+            return teacher()
+        mixer = getattr(module, CHILD)
+        ctx = self._context(q_BHTK, k_BGTK, mask, kwargs.get("scaling", kwargs.get("scale")), mixer, teacher)
+        if self.watcher is None:
+            return mixer(q_BHTK, k_BGTK, v_BGTV, ctx)
+        out = teacher()
+        self.watcher(self.site, mixer, q_BHTK, k_BGTK, v_BGTV, ctx, out)
+        return out
+
+    def _context(self, q_BHTK, k_BGTK, mask, scale, mixer: Mixer, teacher) -> Context:
+        call, T = self.call, q_BHTK.shape[2]
+        assert call is not None
+        valid = segments = None
+        if "mask" not in mixer.needs:
+            if k_BGTK.shape[2] != T:
+                raise RuntimeError(f"{self.site.name}: {k_BGTK.shape[2]} keys for {T} queries: what cache is that?")
+            column = call.layer.column if call.layer is not None else 0
+            valid, segments = interface.read_mask(mask, T, column, packed=call.layer is None)
+        return Context(
+            causal=self.site.shape.causal,
+            scale=self.site.shape.scale if scale is None else float(scale),
+            valid_BT=valid,
+            segments_BT=segments,
+            positions_BT=call.positions,
+            rotary=self._rotary() if mixer.needs_rotary and self.rotates else None,
+            hidden_BTD=call.hidden if "hidden" in mixer.needs else None,
+            mask=mask if "mask" in mixer.needs else None,
+            slot=call.layer.slot if call.layer is not None else None,
+            teacher=teacher,
+        )
+
+    def _rotary(self) -> Rotary | None:
+        assert self.call is not None
+        apply = getattr(sys.modules[self.cls.__module__], "apply_rotary_pos_emb", None)
+        if self.call.position_embeddings is None or apply is None:
+            return None
+        cos, sin = self.call.position_embeddings
+        return Rotary(cos, sin, apply, self.rotary_channels or cos.shape[-1])
+
+    def _softmax(self, module: nn.Module, q, k, v, mask, kwargs: dict[str, Any]) -> Tensor:
+        if self.site.seam == "sdpa":
+            with torch._C.DisableTorchFunction():
+                return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, **kwargs)
+        function = hf.attention_function(self.cls, self.teacher)
+        out_BTHV, _ = function(module, q, k, v, mask, **kwargs)
+        return out_BTHV.transpose(1, 2)
+
+
+def made_subclass(cls: type[nn.Module], seam: str) -> type[nn.Module]:
+    """`cls` with a forward that passes its context to the port, and always clears it."""
+    key = (cls, seam)
+
+    def run(module: nn.Module, port: Port, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if seam == "interface":
+            return cls.forward(module, *args, **kwargs)
+        with sdpa.Redirect(lambda q, k, v, mask, **more: port.answer(module, q, k, v, mask, **more)):
+            return cls.forward(module, *args, **kwargs)
+
+    if key not in _made:
+
+        class Linearized(cls):  # type: ignore[misc, valid-type]
+            linearize_original = cls
+
+            def forward(self, *args: Any, **kwargs: Any) -> Any:
+                port: Port = self.__dict__[PORT]
+                port.enter(self, args, kwargs)
+                try:
+                    if port.wants_plain and kwargs.get("position_embeddings") is not None:
+                        cos, sin = kwargs["position_embeddings"]
+                        unrotated = (torch.ones_like(cos), torch.zeros_like(sin))
+                        port.mode = "plain"
+                        run(self, port, args, {**kwargs, "position_embeddings": unrotated})
+                        port.mode = "probe"
+                    return run(self, port, args, kwargs)
+                finally:
+                    port.call = None
+
+        Linearized.__name__ = f"Linearized{cls.__name__}"
+        Linearized.__qualname__ = Linearized.__name__
+        _made[key] = Linearized
+    return _made[key]
+
+
+_made: dict[tuple[type[nn.Module], str], type[nn.Module]] = {}
