@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "seams": {"types"},
     "surgery": {"mixers", "seams", "storage", "types"},
     "plan": {"mixers", "types"},
-    "data": {"progress", "storage", "types"},
+    "data": {"progress", "seams", "storage", "types"},
     "models": {"surgery", "types"},
     "report": {"mixers", "storage", "types"},
     "stages": {"data", "mixers", "plan", "progress", "storage", "surgery", "types"},

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from linearize.data.text import Chat, Tokens, assemble, check_length, first_token, packed
 from linearize.progress import bar
+from linearize.seams.cache import growing_cache
 from linearize.storage import write_atomic
 from linearize.types import InputError, StorageError
 
@@ -245,6 +246,7 @@ def sample(
                 ids.to(device),
                 attention_mask=(torch.ones_like(ids) if mask is None else mask).to(device),
                 generation_config=settings,
+                past_key_values=growing_cache(model.config),
                 logits_processor=LogitsProcessorList([*processors, *draw]),
             )
     finally:
