@@ -249,8 +249,10 @@ def _data(
         if settings.prompts:
             prompts = (text.read_chats if settings.chat else text.read_texts)(settings.prompts)
         sequences = selfgen(
-            model, tokenizer, wanted, settings.length, seed=plan.seed, batch=settings.self_batch, prompts=prompts,
-            folder=work.sub("selfgen"), completion_only=settings.completion_only, allow_longer=plan.longer(),
+            model, tokenizer, wanted, settings.length, batch=settings.self_batch, prompts=prompts,
+            seed=plan.seed if settings.self_seed is None else settings.self_seed,
+            folder=settings.self_folder or work.sub("selfgen"), completion_only=settings.completion_only,
+            allow_longer=plan.longer(),
         )  # fmt: skip
     else:
         sequences = _read(source, plan, tokenizer)

@@ -62,7 +62,8 @@ class MethodPlan(BaseModel):
 class DataPlan(BaseModel):
     """source: files, a folder or a hub data set; None or "self": the teacher writes it, at most `self_tokens` (repeated
     where the stages want more), `self_batch` sequences at a time, freely or as completions of `prompts` (texts, with
-    `chat` conversations: files, a folder or a hub data set). length in tokens."""
+    `chat` conversations: files, a folder or a hub data set). self_folder: where that text is kept for other runs to use
+    as well (None: for this run alone); self_seed: its own seed (None: the run's). length in tokens."""
 
     model_config = _STRICT
     source: str | None = None
@@ -74,6 +75,8 @@ class DataPlan(BaseModel):
     completion_only: bool = False
     self_tokens: int = Field(default=1_000_000, gt=0)
     self_batch: int = Field(default=64, gt=0)
+    self_seed: int | None = Field(default=None, ge=0)
+    self_folder: str | None = None
     valid: str | None = None
     valid_tokens: int = Field(default=16384, gt=0)
     allow_longer: bool = False
@@ -233,6 +236,7 @@ class Plan(BaseModel):
         what = self.model_dump(mode="json", exclude={"output", "published", "measured"})
         for key in ("auto", "form"):  # how the recipe was found; the weights have a digest of their own
             del what["model"][key]
+        del what["data"]["self_folder"]
         what["method"]["mixer"] = self.mixer().model_dump(mode="json")
         text = json.dumps(what, sort_keys=True, separators=(",", ":"), allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()

@@ -141,6 +141,18 @@ def test_the_teacher_completes_prompts(stories, tmp_path):
         linearize.convert(None, data=str(stories), overrides=settings, output_dir=tmp_path / "other")
 
 
+def test_runs_of_other_seeds_share_what_the_teacher_wrote(tmp_path):
+    found = []
+    for seed in (0, 1):
+        settings = {**SMALL, **STAGES, "seed": seed, "data.self_folder": str(tmp_path / "text"), "data.self_seed": 5}
+        done = linearize.convert(None, overrides=settings, output_dir=tmp_path / str(seed))
+        index = (tmp_path / "text" / "index.json").read_bytes()
+        found.append((index, [p.stat().st_mtime_ns for p in sorted((tmp_path / "text").glob("shard-*"))]))
+        assert done.report.seeds == [seed]
+    assert found[0] == found[1]
+    assert weights(tmp_path / "0") != weights(tmp_path / "1")
+
+
 def test_two_stages_of_a_kind_both_run(stories, tmp_path):
     transfer = {"kind": "transfer", "tokens": 512, "batch": 4, "lr": 1e-2}
     recipe = {"stages": [transfer, {**transfer, "target": "linear"}]}

@@ -19,6 +19,8 @@ from linearize.data import selfgen as module
 from linearize.data import text
 from linearize.data.selfgen import _prompt_ids, frequent_tokens, selfgen
 from linearize.data.text import Tokens, check_length, collate, documents, first_token, read_chats, read_texts, tokenize
+from linearize.seams.cache import GrowingLayer, growing_cache
+from linearize.testing.pico import pico
 from linearize.types import InputError, StorageError
 
 SENTENCE = "once upon a time there was little girl and boy who saw big red dog in the park"
@@ -413,6 +415,18 @@ def test_without_a_first_token_texts_begin_with_common_words():
     for item in data:
         begins = (item["position_ids"] == 0).nonzero().flatten()[1:]
         assert (item["input_ids"][begins - 1] == 1).all()
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2"])
+@pytest.mark.parametrize("more", [{"do_sample": False}, {"num_beams": 3, "do_sample": False}], ids=["greedy", "beams"])
+def test_a_cache_that_does_not_copy_is_the_cache(family, more):
+    model = pico(family)
+    model.generation_config.eos_token_id = None
+    ids = torch.randint(3, 97, (2, 9), generator=torch.Generator().manual_seed(1))
+    cache = growing_cache(model.config)
+    found = model.generate(ids, max_new_tokens=90, past_key_values=cache, **more)
+    assert torch.equal(found, model.generate(ids, max_new_tokens=90, **more))
+    assert any(isinstance(layer, GrowingLayer) for layer in cache.layers)
 
 
 @pytest.mark.parametrize("kind", ["text", "chat"])
