@@ -118,7 +118,8 @@ def _families() -> list[dict[str, Any]]:
 
 
 def _recipes() -> list[dict[str, Any]]:
-    from linearize.plan import Plan, recipes
+    from linearize.plan import Plan
+    from linearize.recipe import recipes
 
     rows = []
     for name in recipes():

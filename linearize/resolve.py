@@ -31,7 +31,8 @@ def resolve(
     defaults. offline: a recipe's `model.form` is enough. Raises InputError (all problems at once), Unsupported.
     """
     from linearize import models
-    from linearize.plan import Plan, pairs, recipe_for
+    from linearize.plan import Plan
+    from linearize.recipe import pairs, recipe_for
     from linearize.types import InputError
 
     items = pairs(overrides)

@@ -26,7 +26,8 @@ MAY_IMPORT = {
     "mixers": {"ops", "types"},
     "seams": {"types"},
     "surgery": {"mixers", "seams", "storage", "types"},
-    "plan": {"mixers", "types"},
+    "recipe": {"types"},
+    "plan": {"mixers", "recipe", "types"},
     "data": {"progress", "seams", "storage", "types"},
     "models": {"surgery", "types"},
     "report": {"mixers", "storage", "types"},
@@ -34,7 +35,7 @@ MAY_IMPORT = {
     "evaluate": {"data", "mixers", "plan", "progress", "stages", "surgery", "types"},
     "testing": {"mixers", "ops", "types"},
     "answers": {"report"},
-    "resolve": {"answers", "mixers", "models", "plan", "surgery", "types"},
+    "resolve": {"answers", "mixers", "models", "plan", "recipe", "surgery", "types"},
 }
 #: the top joins everything below it
 TOP = ("measuring", "conversion", "api", "cli", "__init__")

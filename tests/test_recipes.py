@@ -3,8 +3,8 @@
 import pytest
 import yaml
 
-from linearize import plan as planning
-from linearize.plan import Plan, parse_override, recipe_for, recipes
+from linearize.plan import Plan
+from linearize.recipe import folder, parse_override, recipe_for, recipes
 from linearize.types import InputError
 
 PAPERS = ["llama-2-7b", "gpt2", "lolcats-llama-3-8b", "lolcats-mistral-7b"]
@@ -13,7 +13,7 @@ OURS = ["demo", "stories15m", "stories15m-window", "stories260k", "smollm2-135m"
 
 def test_these_are_there():
     assert set(recipes()) >= {f"hedgehog/{name}" for name in PAPERS + OURS}
-    assert (planning.folder() / "LOG.md").is_file()
+    assert (folder() / "LOG.md").is_file()
 
 
 @pytest.mark.parametrize("name", recipes())
@@ -29,8 +29,8 @@ def test_recipe_reads_checks_and_round_trips(name, tmp_path):
 
 @pytest.mark.parametrize("name", recipes())
 def test_recipe_holds_only_what_differs(name):
-    recipe = yaml.safe_load((planning.folder() / f"{name}.yaml").read_text())
-    defaults = yaml.safe_load((planning.folder() / "defaults.yaml").read_text())
+    recipe = yaml.safe_load((folder() / f"{name}.yaml").read_text())
+    defaults = yaml.safe_load((folder() / "defaults.yaml").read_text())
     assert recipe["version"] == 1 and "measured" in recipe
     for section in ("data", "eval", "gate"):
         same = [k for k, v in (recipe.get(section) or {}).items() if defaults.get(section, {}).get(k, ...) == v]
@@ -42,7 +42,7 @@ def test_recipe_holds_only_what_differs(name):
 def test_papers_recipes_quote_their_numbers(name):
     plan = Plan.read(f"hedgehog/{name}")
     assert plan.measured == "not here" and "arXiv" in plan.published["source"]
-    keys = list(yaml.safe_load((planning.folder() / "hedgehog" / f"{name}.yaml").read_text()))
+    keys = list(yaml.safe_load((folder() / "hedgehog" / f"{name}.yaml").read_text()))
     assert keys[-2:] == ["published", "measured"]
     assert plan.model.form and plan.model.id
 
