@@ -29,6 +29,7 @@ def main() -> None:
     parser.add_argument("--eval", help="text the table is measured on; none: held-out text of the teacher")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--set", nargs="*", default=[], help="further recipe keys")
+    parser.add_argument("--first", nargs="*", default=[], help="further keys for the first seed alone: dear baselines")
     parser.add_argument("--work", type=Path, default=Path("runs"), help="folder for the conversions")
     arguments = parser.parse_args()
     logging.basicConfig(format="%(asctime)s %(message)s", stream=sys.stderr)
@@ -43,6 +44,7 @@ def main() -> None:
             continue
         sources = {"data.source": arguments.data, "eval.source": arguments.eval}
         settings = [f"seed={seed}", *arguments.set, *(f"{key}={file}" for key, file in sources.items() if file)]
+        settings += arguments.first if seed == arguments.seeds[0] else []
         converted = api.convert(
             arguments.model, recipe=arguments.recipe, overrides=settings, output_dir=folder, resume=True
         )

@@ -246,7 +246,11 @@ def test_over_seeds(report: Report) -> None:
     )
     both = verdict.over_seeds([report.result(), other.result()])
     assert both.seeds == [0, 1]
-    assert [r.name for r in both.rows] == ["teacher", "student"], "rows that all seeds have"
+    assert [r.name for r in both.rows] == [r.name for r in report.rows]
+    assert "window-only student: of seed 0 alone" in both.notes and not any(
+        "student: of seed" in n[:12] for n in both.notes
+    )
+    assert both.row("window-only student") == report.row("window-only student")
     assert both.row("student").spread["nll"] == pytest.approx(0.0282843)  # type: ignore[union-attr]
     assert both.verdict.headline == "1.08 times the teacher's perplexity"
     assert both.trained_tokens == 1_500_000, "of one run"

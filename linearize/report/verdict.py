@@ -132,12 +132,20 @@ def enforce(verdict: Verdict) -> None:
 def over_seeds(results: Sequence[Result], gate: Mapping[str, Any] | None = None) -> Result:
     """One result of several runs that differ in their seed: rows averaged and judged anew, all else the first run's.
 
-    Rows that some run lacks are left out. Raises InputError where a seed occurs twice.
+    A row that only some runs have (a dear baseline, trained once) is their average, and a note says so. Raises
+    InputError where a seed occurs twice.
     """
     first, seeds = results[0], [seed for result in results for seed in result.seeds]
     for seed in set(seeds):
         if seeds.count(seed) > 1:
             raise InputError(f"seed {seed} of {first.recipe} occurs twice: average each run once")
-    named = [{row.name: row for row in result.rows} for result in results]
-    rows = [average([rows[name] for rows in named]) for name in named[0] if all(name in rows for rows in named)]
-    return first.model_copy(update={"seeds": seeds, "rows": rows, "verdict": judge(rows, gate)})
+    having: dict[str, dict[int, Row]] = {}
+    for result in results:
+        for row in result.rows:
+            having.setdefault(row.name, {})[result.seeds[0]] = row
+    rows = [average(list(found.values())) for found in having.values()]
+    some = {name: found for name, found in having.items() if len(found) < len(results)}
+    notes = [f"{name}: of seed {', '.join(map(str, found))} alone" for name, found in some.items()]
+    return first.model_copy(
+        update={"seeds": seeds, "rows": rows, "verdict": judge(rows, gate), "notes": [*first.notes, *notes]}
+    )
