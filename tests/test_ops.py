@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from linearize.ops import bidirectional as bidirectional_op
 from linearize.ops import linear as linear_op
 from linearize.ops import window as window_op
 from linearize.ops._dispatch import Implementation, choose
+from linearize.ops.bidirectional import bidirectional
 from linearize.ops.linear import linear
 from linearize.ops.window import window
 from linearize.testing.laws import implementations_agree
@@ -91,12 +93,55 @@ def test_linear_padding_is_a_key_of_zeros():
         close(a, b)
 
 
+# ---------------------------------------------------------------------------------------------------- bidirectional
+@pytest.mark.parametrize("tokens", [1, 2, 64, 70])
+@pytest.mark.parametrize("packed", [False, True], ids=["one", "packed"])
+@pytest.mark.parametrize("gap", [0, 1, 5, 100])
+@pytest.mark.parametrize("heads", [(4, 4, 4), (4, 4, 2), (4, 2, 2), (4, 2, 1)], ids=str)
+@pytest.mark.parametrize("impl", _names(bidirectional_op))
+def test_bidirectional_equals_reference(impl, heads, gap, packed, tokens):
+    """Numerator, normaliser and every gradient; H query, J key and G value heads."""
+    H, J, G = heads
+    tensors = [_normal(2, H, tokens, 5).exp(), _normal(2, J, tokens, 5, seed=1).exp(), _normal(2, G, tokens, 3, seed=2)]
+    segments = _documents(tokens) if packed else None
+
+    def run(name):
+        return lambda q, k, v: bidirectional(q, k, v, gap=gap, segments_BT=segments, impl=name)
+
+    implementations_agree(run(impl), run("reference"), tensors)
+
+
+def test_bidirectional_reference_gradcheck():
+    tensors = [_normal(1, 2, 6, 3), _normal(1, 2, 6, 3, seed=1), _normal(1, 1, 6, 2, seed=2)]
+    for gap, documents in ((0, None), (2, torch.tensor([[0, 0, 1, 1, 1, 1]]))):
+        assert torch.autograd.gradcheck(
+            lambda q, k, v, g=gap, d=documents: tuple(bidirectional(q, k, v, gap=g, segments_BT=d, impl="reference")),
+            [t.requires_grad_() for t in tensors],
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_bidirectional_accumulates_in_float32(dtype):
+    q, k, v = (_normal(1, 2, 9, 4, seed=s).exp().to(dtype) for s in range(3))
+    for gap in (0, 2):
+        assert {x.dtype for x in bidirectional(q, k, v, gap=gap)} == {torch.float32}
+
+
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+def test_bidirectional_far_sums_survive_large_near_ones(impl):
+    """Far keys a hundred million times smaller than the near ones: subtracting the near ones would leave noise."""
+    q, k = torch.ones(1, 1, 8, 2), torch.ones(1, 1, 8, 2)
+    k[:, :, 3:6] *= 1e8
+    found = bidirectional(q, k, _normal(1, 1, 8, 3).float(), gap=2, impl=impl).normaliser
+    assert found[0, 0, 4].item() == 10.0  # columns 0, 1, 2, 6 and 7, two features of one each
+
+
 # ----------------------------------------------------------------------------------------------------------- window
 @pytest.mark.parametrize("tokens", [1, 2, 31, 33, 70])
 @pytest.mark.parametrize("before", ["none", "some", "full", "more"])
-@pytest.mark.parametrize("width", [1, 5, 40])
+@pytest.mark.parametrize("width, ahead", [(1, 0), (5, 0), (40, 0), (5, 4), (40, 39)])
 @pytest.mark.parametrize("impl", _names(window_op))
-def test_window_equals_reference(impl, width, before, tokens):
+def test_window_equals_reference(impl, width, ahead, before, tokens):
     """Output, log-sum-exp, maximum and every gradient; keys from before this call, padding and documents."""
     kept = {"none": 0, "some": width // 2, "full": width - 1, "more": width + 3}[before]
     S = tokens + kept
@@ -106,7 +151,7 @@ def test_window_equals_reference(impl, width, before, tokens):
 
     def run(name):
         return lambda q, k, v: window(
-            q, k, v, width=width, scale=0.4, codes_BT=codes_BS[:, kept:], codes_BS=codes_BS, impl=name
+            q, k, v, width=width, scale=0.4, codes_BT=codes_BS[:, kept:], codes_BS=codes_BS, ahead=ahead, impl=name
         )
 
     implementations_agree(run(impl), run("reference"), tensors)
@@ -116,11 +161,14 @@ def test_window_reference_gradcheck():
     codes = torch.tensor([[0, 1, 1, 1, 2, 2, 2]])
     tensors = [_normal(1, 2, 6, 3), _normal(1, 1, 7, 3, seed=1), _normal(1, 1, 7, 2, seed=2)]
 
-    def run(q, k, v):
-        out = window(q, k, v, width=3, scale=0.5, codes_BT=codes[:, 1:], codes_BS=codes, impl="reference")
-        return out.output, out.lse
+    for ahead in (0, 2):
 
-    assert torch.autograd.gradcheck(run, [t.requires_grad_() for t in tensors])
+        def run(q, k, v, ahead=ahead):
+            codes_BT = codes[:, 1:]
+            out = window(q, k, v, width=3, scale=0.5, codes_BT=codes_BT, codes_BS=codes, ahead=ahead, impl="reference")
+            return out.output, out.lse
+
+        assert torch.autograd.gradcheck(run, [t.requires_grad_() for t in tensors])
 
 
 @pytest.mark.parametrize("impl", ["torch", "reference"])

@@ -1,4 +1,4 @@
-"""Softmax over a causal sliding window, with log-sum-exp and maximum so that others can be merged with it."""
+"""Softmax over a sliding window, with log-sum-exp and maximum so that others can be merged with it."""
 
 from __future__ import annotations
 
@@ -31,12 +31,14 @@ def window(
     scale: float,
     codes_BT: Tensor,
     codes_BS: Tensor,
+    ahead: int = 0,
     impl: str = "auto",
 ) -> WindowOutput:
-    """Softmax of scale * q.k over the keys at distance 0 .. width-1 (the token itself included).
+    """Softmax of scale * q.k over the keys from `width` - 1 columns before the token to `ahead` after it.
 
-    Keys: S >= T columns, the last T of them the queries' own. codes: document number (from 1), 0 = invisible. A query
-    sees keys of its own code. Computed in float32 or float64. Raises InputError for an unknown `impl`.
+    Causal windows have ahead 0, two-sided ones width - 1. Keys: S >= T columns, the last T of them the
+    queries' own. codes: document number (from 1), 0 = invisible. A query sees keys of its own code.
+    Computed in float32 or float64. Raises InputError for an unknown `impl`.
     """
     dtype = compute_dtype(q_BHTK, k_BGSK, v_BGSV)
     group = q_BHTK.shape[1] // k_BGSK.shape[1]
@@ -47,4 +49,4 @@ def window(
     if spare > 0:  # columns no query of this call can see
         k, v, codes_BS = k[:, :, spare:], v[:, :, spare:], codes_BS[:, spare:]
     run = choose("window", IMPLEMENTATIONS, impl, q, k, v).run
-    return WindowOutput(*run(q, k, v, width, scale, codes_BT, codes_BS))
+    return WindowOutput(*run(q, k, v, width, ahead, scale, codes_BT, codes_BS))

@@ -1,4 +1,4 @@
-"""Softmax over a causal window, from its definition, quadratic."""
+"""Softmax over a window, from its definition, quadratic."""
 
 from __future__ import annotations
 
@@ -7,16 +7,24 @@ from torch import Tensor
 
 
 def window_reference(
-    q_BHTK: Tensor, k_BHSK: Tensor, v_BHSV: Tensor, width: int, scale: float, codes_BT: Tensor, codes_BS: Tensor
+    q_BHTK: Tensor,
+    k_BHSK: Tensor,
+    v_BHSV: Tensor,
+    width: int,
+    ahead: int,
+    scale: float,
+    codes_BT: Tensor,
+    codes_BS: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(output_BHTV, lse_BHT, max_BHT) of softmax over the keys at distance 0 .. width-1 with the query's own code.
+    """(output_BHTV, lse_BHT, max_BHT) of softmax over the keys at distance -ahead .. width-1 with the query's own
+    code.
 
     Query t stands at key column t + S - T. Code 0 is a key nobody sees. Where nothing is visible: 0, -inf, -inf.
     """
     T, S = q_BHTK.shape[2], k_BHSK.shape[2]
     column_T = torch.arange(T, device=q_BHTK.device) + (S - T)
     distance_TS = column_T[:, None] - torch.arange(S, device=q_BHTK.device)
-    seen = (distance_TS >= 0) & (distance_TS < width)
+    seen = (distance_TS >= -ahead) & (distance_TS < width)
     seen_BTS = seen & (codes_BT[:, :, None] == codes_BS[:, None, :]) & (codes_BS[:, None, :] > 0)
     hidden_BTS, empty_BT = ~seen_BTS[:, None], ~seen_BTS.any(-1)[:, None]
     scores = q_BHTK @ k_BHSK.mT * scale
