@@ -25,7 +25,8 @@ State = tuple[Tensor, ...]
 class SiteShape:
     """Sizes of one attention layer, read from its configuration (no forward pass).
 
-    `window` is the teacher's own sliding window or chunk (None: it sees everything).
+    `window` is the teacher's own sliding window or chunk (None: it sees everything). image: the tokens are patches of
+    an image, so that their order along T is no distance.
     """
 
     heads: int
@@ -36,6 +37,7 @@ class SiteShape:
     scale: float
     causal: bool = True
     window: int | None = None
+    image: bool = False
 
     @property
     def group(self) -> int:
@@ -137,15 +139,15 @@ class Context:
         return codes if self.valid_BT is None else codes * self.valid_BT
 
     def visible(self, like_BHTK: Tensor, rows: slice = slice(None), window: int | None = None) -> Tensor:
-        """Which keys of this call the queries `rows` may see, from the definition: bool [B, rows, T]. window: the last
-        so many columns alone."""
+        """Which keys of this call the queries `rows` may see, from the definition: bool [B, rows, T]. window: only
+        those less than so many columns away."""
         codes_BT = self.codes(like_BHTK)
         column_T = torch.arange(codes_BT.shape[1], device=codes_BT.device)
         distance_RT = column_T[rows, None] - column_T
         seen_BRT = (codes_BT[:, rows, None] == codes_BT[:, None]) & (codes_BT > 0)[:, None]
         if self.causal:
             seen_BRT = seen_BRT & (distance_RT >= 0)
-        return seen_BRT if window is None else seen_BRT & (distance_RT < window)
+        return seen_BRT if window is None else seen_BRT & (distance_RT.abs() < window)
 
     def without_slot(self) -> Context:
         return replace(self, slot=None)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from linearize.mixers import base as mixers
 from linearize.mixers.parts import _MAPS
-from linearize.testing.laws import SHAPE, Case, call, draw, laws
+from linearize.testing.laws import BIDIRECTIONAL, SHAPE, Case, call, draw, laws
 from linearize.testing.tolerance import check_rounded, close
 from linearize.types import InputError, SiteShape, Unsupported
 
@@ -34,11 +35,31 @@ SETTINGS = {
     ],
     "window": [{"window": 5, "sinks": 0}, {"window": 1, "sinks": 3}],
 }
+#: settings on bidirectional layers
+BIDIRECTIONAL_SETTINGS = {
+    "hedgehog": [
+        {},
+        {"share": "kv", "feature_map": "t2r"},
+        {"tie": True, "features": 5, "rope": "undo"},
+        {"window": 4},
+        {"window": 4, "combine": "lolcats", "share": "kv"},
+        {"window": 1, "rope": "undo", "feature_map": "exp"},
+        {"window": 50},
+    ],
+    "window": [{"window": 5, "sinks": 0}, {"window": 1, "sinks": 0}],
+    "none": [{}],
+    "softmax": [{}],
+}
 CASES = [Case(name, settings) for name in mixers.names() for settings in [{}, *SETTINGS.get(name, [])]]
+CASES += [Case(name, settings, BIDIRECTIONAL) for name, rows in BIDIRECTIONAL_SETTINGS.items() for settings in rows]
+
+
+def kind(case):
+    return "causal" if case.shape.causal else "bidirectional"
 
 
 @pytest.mark.parametrize(
-    "case, law", [pytest.param(c, law, id=f"{c}-{law.__name__}") for c in CASES for law in laws(c.method)]
+    "case, law", [pytest.param(c, law, id=f"{c}-{law.__name__}") for c in CASES for law in laws(c.method, kind(c))]
 )
 def test_law(case, law):
     law(case)
@@ -50,22 +71,26 @@ def test_fresh_memory_is_poisoned():
 
 def test_settings_name_only_methods():
     assert set(SETTINGS) <= set(mixers.names())
+    assert set(BIDIRECTIONAL_SETTINGS) == {n for n in mixers.names() if "bidirectional" in mixers.get(n).kinds}
 
 
 # ------------------------------------------------------------------------------------- published limits, identities
 @pytest.mark.parametrize(
-    "method, settings",
+    "method, settings, shape",
     [
-        ("window", {"window": 40, "sinks": 0}),
-        ("window", {"window": 8, "sinks": 40}),
-        ("hedgehog", {"window": 40}),
-        ("hedgehog", {"window": 40, "combine": "lolcats"}),
-        ("hedgehog", {"window": 8, "sinks": 40}),
+        ("window", {"window": 40, "sinks": 0}, SHAPE),
+        ("window", {"window": 8, "sinks": 40}, SHAPE),
+        ("hedgehog", {"window": 40}, SHAPE),
+        ("hedgehog", {"window": 40, "combine": "lolcats"}, SHAPE),
+        ("hedgehog", {"window": 8, "sinks": 40}, SHAPE),
+        ("window", {"window": 40, "sinks": 0}, BIDIRECTIONAL),
+        ("hedgehog", {"window": 40}, BIDIRECTIONAL),
+        ("hedgehog", {"window": 40, "combine": "lolcats"}, BIDIRECTIONAL),
     ],
 )
-def test_a_window_that_sees_everything_is_softmax(method, settings):
-    case, inputs = Case(method, settings), draw(SHAPE, 40)
-    close(call(case.mixer(), inputs), call(Case("softmax").mixer(), inputs), 1e-9)
+def test_a_window_that_sees_everything_is_softmax(method, settings, shape):
+    case, inputs = Case(method, settings, shape), draw(shape, 40)
+    close(call(case.mixer(), inputs), call(Case("softmax", shape=shape).mixer(), inputs), 1e-9)
 
 
 def test_none_is_a_window_of_one():
@@ -166,9 +191,18 @@ def test_unknown_names_are_answered_with_the_nearest():
         mixers.configure("hedgehog", {"feature_map": "cosine"})
 
 
-def test_a_causal_method_refuses_an_encoder():
+def test_a_causal_method_refuses_an_encoder(monkeypatch):
+    monkeypatch.setattr(mixers.get("hedgehog"), "kinds", frozenset({"causal"}))
     with pytest.raises(Unsupported, match="this layer is bidirectional"):
-        mixers.build("hedgehog", SiteShape(4, 4, 8, 8, 32, 1.0, causal=False))
+        mixers.build("hedgehog", BIDIRECTIONAL)
+
+
+@pytest.mark.parametrize("method", ["hedgehog", "window"])
+def test_what_a_local_branch_refuses(method):
+    with pytest.raises(Unsupported, match="sinks: 0"):
+        mixers.build(method, BIDIRECTIONAL, {"window": 4, "sinks": 2})
+    with pytest.raises(Unsupported, match="window: 0"):
+        mixers.build(method, replace(BIDIRECTIONAL, image=True), {"window": 4, "sinks": 0})
 
 
 def test_a_tied_map_cannot_be_shared_by_groups():

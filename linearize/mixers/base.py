@@ -35,7 +35,7 @@ class Mixer(nn.Module, ABC):
     paper: ClassVar[str]
     kinds: ClassVar[frozenset[str]]
     needs: ClassVar[frozenset[str]] = frozenset()
-    recurrent: ClassVar[bool] = False
+    recurrent: bool = False
     Config: ClassVar[type[MixerConfig]] = MixerConfig
     #: names of the branches that `Surgery.ablate` can switch off; `off` is the one that is off now
     branches: tuple[str, ...] = ()
@@ -91,13 +91,18 @@ class Mixer(nn.Module, ABC):
 
 
 class RecurrentMixer(Mixer):
-    """A causal mixer with a constant-size state.
+    """A mixer with a constant-size state on causal layers.
 
     Laws: chunked over any split == parallel; step repeated == parallel; the state is float32 whatever the
-    activations.
+    activations. On a bidirectional layer there is nothing to carry on: it is not recurrent, its `state_spec` is empty
+    and `chunked` is given whole sequences.
     """
 
     recurrent = True
+
+    def __init__(self, shape: SiteShape, config: MixerConfig) -> None:
+        super().__init__(shape, config)
+        self.recurrent = shape.causal
 
     @abstractmethod
     def chunked(

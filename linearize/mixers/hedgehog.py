@@ -4,7 +4,8 @@ Zhang et al., "The Hedgehog & the Porcupine" (2402.04347); hybrid form of LoLCAT
 
     y_t = phi_q(q_t) S_t / phi_q(q_t) z_t,   S_t = sum_{s <= t} phi_k(k_s) v_s^T,   z_t = sum_{s <= t} phi_k(k_s)
 
-With `window: w` the last w tokens (and `sinks: n` first ones) are exact softmax and the sums run over all others.
+and in encoders the same with sums over all s. With `window: w` the last w tokens (in encoders: those less than w away
+on either side; and `sinks: n` first ones) are exact softmax and the sums run over all others.
 Ours: sinks are kept out of the state; the rule "lse"; maps shared per key/value head; the linear branch without RoPE;
 the normaliser is the state's last column, in float32; padding is zeroed after the map.
 """
@@ -19,7 +20,9 @@ from torch import Tensor
 
 from linearize.mixers.base import RecurrentMixer
 from linearize.mixers.parts import Combination, FeatureMap, FeatureMapName, Local, LocalBranch, LocalConfig, local_mask
+from linearize.ops.bidirectional import bidirectional
 from linearize.ops.linear import linear
+from linearize.ops.window import WindowOutput
 from linearize.types import Context, Cost, InputError, SiteShape, State, StateSpec
 
 
@@ -27,16 +30,17 @@ class Branches(NamedTuple):
     """Both branches of one call: the local one (None without a window) and the linear one, each with its own
     normaliser: far_BHTV, mass_BHT (un-normalised sum of the linear weights)."""
 
-    local: Local | None
+    local: Local | WindowOutput | None
     far: Tensor
     mass: Tensor
 
 
 class Hedgehog(RecurrentMixer):
-    """See the top of this file. State per head: F x (V + 1) float32, plus window and sinks as they came."""
+    """See the top of this file. State per head of a causal layer: F x (V + 1) float32, plus window and sinks as they
+    came."""
 
     paper = "https://arxiv.org/abs/2402.04347"
-    kinds = frozenset({"causal"})
+    kinds = frozenset({"causal", "bidirectional"})
 
     class Config(LocalConfig):
         feature_map: FeatureMapName = "split_softmax"
@@ -58,7 +62,7 @@ class Hedgehog(RecurrentMixer):
         self.map_q = FeatureMap(c.feature_map, H, K, c.features)
         # A tied map is registered once: safetensors refuses one tensor under two names.
         self.map_k = None if c.tie else FeatureMap(c.feature_map, self.key_heads, K, c.features)
-        self.local = LocalBranch(c, G, K, shape.value_dim) if c.window or c.sinks else None
+        self.local = LocalBranch(c, shape) if c.window or c.sinks else None
         self.combine = Combination(c.combine, H, self.map_q.columns) if self.local else None
         self.branches = ("window_off", "linear_off") if self.local else ()
 
@@ -87,9 +91,11 @@ class Hedgehog(RecurrentMixer):
             state = self.empty_state(q_BHTK.shape[0], q_BHTK.device, k_BGTK.dtype)
         q_lin, k_lin = self._unrotated(q_BHTK, k_BGTK, ctx)
         if self.local is None:
-            valid = ctx.valid_BT
-            far, mass, sums = self._linear(q_lin, k_lin, v_BGTV, valid, ctx, state[0])
-            return Branches(None, far, mass), (sums,)
+            far, mass, state = self._linear(q_lin, k_lin, v_BGTV, ctx.valid_BT, ctx, state[:1])
+            return Branches(None, far, mass), state
+        if not self.shape.causal:
+            far, mass, _ = self._linear(q_lin, k_lin, v_BGTV, ctx.valid_BT, ctx, gap=self.local.width)
+            return Branches(self.local.two_sided(q_BHTK, k_BGTK, v_BGTV, ctx), far, mass), ()
         local = self.local(q_BHTK, k_BGTK, v_BGTV, ctx, state[1 : 1 + self._kept])
         rest = state[1 + self._kept :]
         far_k, kept_raw = local.far_k, ()
@@ -97,15 +103,22 @@ class Hedgehog(RecurrentMixer):
             keys = torch.cat([rest[0].to(k_lin.dtype), k_lin], 2)
             T = k_lin.shape[2]
             far_k, kept_raw = keys[:, :, :T], (keys[:, :, T:],)
-        far, mass, sums = self._linear(q_lin, far_k, local.far_v, local.far, ctx, state[0])
-        return Branches(local, far, mass), (sums, *local.kept, *kept_raw)
+        far, mass, sums = self._linear(q_lin, far_k, local.far_v, local.far, ctx, state[:1])
+        return Branches(local, far, mass), (*sums, *local.kept, *kept_raw)
 
-    def _linear(self, q, k, v, valid_BT, ctx: Context, sums):
+    def _linear(
+        self, q: Tensor, k: Tensor, v: Tensor, valid_BT: Tensor | None, ctx: Context, state: State = (), gap: int = 0
+    ) -> tuple[Tensor, Tensor, State]:
+        """(output_BHTV, mass_BHT, new sums). gap, of bidirectional layers: nearer keys are the window's."""
         phi_q, phi_k = self.map_q(q), self._map_keys(k)
         if valid_BT is not None:
             phi_k = phi_k * valid_BT[:, None, :, None]
-        out = linear(phi_q, phi_k, v, state=sums, segments_BT=ctx.segments_BT)
-        return out.numerator / (out.normaliser + self.config.eps)[..., None], out.normaliser, out.state
+        if self.shape.causal:
+            out = linear(phi_q, phi_k, v, state=state[0] if state else None, segments_BT=ctx.segments_BT)
+            state = (out.state,)
+        else:
+            out = bidirectional(phi_q, phi_k, v, gap=gap, segments_BT=ctx.segments_BT)
+        return out.numerator / (out.normaliser + self.config.eps)[..., None], out.normaliser, state
 
     def _map_keys(self, k_BGTK: Tensor) -> Tensor:
         if self.key_heads != k_BGTK.shape[1]:
@@ -130,13 +143,13 @@ class Hedgehog(RecurrentMixer):
         if ctx.slot is not None:
             raise ValueError("branch ablations are for evaluation without a cache: pass use_cache=False")
         q_lin, k_lin = self._unrotated(q, k, ctx)
-        out, _, _ = self._linear(q_lin, k_lin, v, ctx.valid_BT, ctx, state[0])
+        out, _, _ = self._linear(q_lin, k_lin, v, ctx.valid_BT, ctx, state[:1])
         return out.to(q.dtype), state
 
     def linear_alone(self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTV: Tensor, ctx: Context) -> Tensor:
         """o_BHTV of the linear branch over all visible keys: what `target: linear` trains."""
         q_lin, k_lin = self._unrotated(q_BHTK, k_BGTK, ctx)
-        return self._linear(q_lin, k_lin, v_BGTV, ctx.valid_BT, ctx, None)[0]
+        return self._linear(q_lin, k_lin, v_BGTV, ctx.valid_BT, ctx)[0]
 
     # ------------------------------------------------------------------------------------------- the definition
     def dense(self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTV: Tensor, ctx: Context, rows: slice = slice(None)) -> Tensor:
@@ -172,6 +185,8 @@ class Hedgehog(RecurrentMixer):
     # ------------------------------------------------------------------------------------------------ accounts
     def state_spec(self) -> list[StateSpec]:
         s, F = self.shape, self.map_q.features
+        if not s.causal:
+            return []
         specs = [StateSpec("sums", (-1, self.key_heads, F, s.value_dim + 1), torch.float32, 1)]
         if self.local:
             specs += self.local.state_spec()
@@ -181,10 +196,12 @@ class Hedgehog(RecurrentMixer):
         return specs
 
     def cost(self, tokens: int) -> Cost:
-        s, F, C = self.shape, self.map_q.features, 64
+        s, F, C, w = self.shape, self.map_q.features, 64, self.config.window
         maps = 2 * s.key_dim * self.map_q.columns * (s.heads + self.key_heads)
         state = 4 * F * (s.value_dim + 1) * s.heads
         inside = 2 * C * (F + s.value_dim) * s.heads
-        near = 2 * (self.config.window + self.config.sinks) * (s.key_dim + s.value_dim) * s.heads
+        near = 2 * (w + self.config.sinks) * (s.key_dim + s.value_dim) * s.heads
+        if not s.causal:  # one product each way, or with a window a scan from either side
+            state, inside, near = (state, 0, 0) if not w else (2 * state, 2 * inside, 2 * near)
         moved = 4 * (2 * s.heads * s.key_dim + 2 * s.heads * s.value_dim)
         return Cost(float(tokens * (maps + state + inside + near)), float(tokens * moved))

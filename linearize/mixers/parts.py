@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from linearize.mixers.base import MixerConfig
 from linearize.ops._dispatch import compute_dtype
-from linearize.ops.window import window
-from linearize.types import Context, State, StateSpec
+from linearize.ops.window import WindowOutput, window
+from linearize.types import Context, SiteShape, State, StateSpec, Unsupported
 
 # ------------------------------------------------------------------------------------------------- feature maps
 FeatureMapName = Literal["split_softmax", "exp", "joint_softmax", "t2r", "relu", "elu"]
@@ -89,7 +89,8 @@ def _identity(rows: int, columns: int) -> Tensor:
 
 # ------------------------------------------------------------------------------------------------- local branch
 class LocalConfig(MixerConfig):
-    """Settings of the exact local branch: softmax over the last `window` tokens and the first `sinks` ones."""
+    """Settings of the exact local branch: softmax over the last `window` tokens and the first `sinks` ones; on
+    bidirectional layers over the `window` - 1 tokens on either side and the token itself."""
 
     window: int = Field(default=0, ge=0)
     sinks: int = Field(default=0, ge=0)
@@ -117,12 +118,22 @@ class LocalBranch:
 
     Attending to keys that left the window is then plain causal attention over the delayed keys. Sinks are the first
     real tokens of a document, kept for ever and in no other branch. Distances are in columns, sinks in real tokens.
-    Holds no parameters: gamma, a and b belong to the rule that combines.
+    Holds no parameters: gamma, a and b belong to the rule that combines. Raises Unsupported for sinks in bidirectional
+    attention, and for a window over the patches of an image.
     """
 
-    def __init__(self, config: LocalConfig, kv_heads: int, key_dim: int, value_dim: int) -> None:
+    def __init__(self, config: LocalConfig, shape: SiteShape) -> None:
         self.width, self.sinks = config.window, config.sinks
-        self.G, self.K, self.V = kv_heads, key_dim, value_dim
+        self.G, self.K, self.V = shape.kv_heads, shape.key_dim, shape.value_dim
+        if config.sinks and not shape.causal:
+            raise Unsupported(
+                "sinks are first tokens that every later one sees, which means nothing in bidirectional attention: "
+                "set sinks: 0"
+            )
+        if config.window and shape.image:
+            raise Unsupported(
+                "window counts tokens along a line, which is no distance between patches of an image: set window: 0"
+            )
 
     def state_spec(self, dtype: torch.dtype = torch.bfloat16) -> list[StateSpec]:
         """Keys and values are kept exactly as they came (`kept_`), the codes say what they are."""
@@ -178,6 +189,21 @@ class LocalBranch:
             out, lse, top = merged
             new += [sinks_k, sinks_v, kept[-1] + (codes_BT > 0).sum(1)]
         return Local(out, lse, top, keys[:, :, :T], values[:, :, :T], far_BT, tuple(new))
+
+    def two_sided(self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTV: Tensor, ctx: Context) -> WindowOutput:
+        """Softmax over the keys at distances below `window` on both sides: the bidirectional local branch."""
+        T, codes_BT = q_BHTK.shape[2], ctx.codes(q_BHTK)
+        width = self.width if torch.compiler.is_exporting() else min(self.width, T)
+        return window(
+            q_BHTK,
+            k_BGTK,
+            v_BGTV,
+            width=width,
+            ahead=width - 1,
+            scale=ctx.scale,
+            codes_BT=codes_BT,
+            codes_BS=codes_BT,
+        )
 
     def _ranks(self, codes_BT: Tensor, count_B: Tensor | None) -> Tensor:
         """How many real tokens of its document stand before each token."""
@@ -255,7 +281,7 @@ def local_mask(
     visible = ctx.visible(like_BHTK, rows)
     column = torch.arange(visible.shape[-1], device=visible.device)
     distance = column[rows, None] - column
-    local = (distance < window_width).expand_as(visible)
+    local = (distance.abs() < window_width).expand_as(visible)
     if sinks:  # how many tokens of its document stand before each
         codes = ctx.codes(like_BHTK)
         rank = (codes[:, :, None] == codes[:, None]).tril(-1).sum(-1)

@@ -15,10 +15,11 @@ from linearize.types import Context, Cost, SiteShape, State, StateSpec
 
 
 class Window(RecurrentMixer):
-    """Exact softmax over the last `window` tokens and the first `sinks` ones; everything else is forgotten."""
+    """Exact softmax over the last `window` tokens and the first `sinks` ones; everything else is forgotten. On
+    bidirectional layers: over all tokens less than `window` columns away, on both sides, without sinks."""
 
     paper = "https://arxiv.org/abs/2309.17453"
-    kinds = frozenset({"causal"})
+    kinds = frozenset({"causal", "bidirectional"})
 
     class Config(LocalConfig):
         window: int = Field(default=64, ge=1)
@@ -28,11 +29,13 @@ class Window(RecurrentMixer):
 
     def __init__(self, shape: SiteShape, config: Config) -> None:
         super().__init__(shape, config)
-        self.local = LocalBranch(config, shape.kv_heads, shape.key_dim, shape.value_dim)
+        self.local = LocalBranch(config, shape)
 
     def chunked(
         self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTV: Tensor, ctx: Context, state: State
     ) -> tuple[Tensor, State]:
+        if not self.shape.causal:
+            return self.local.two_sided(q_BHTK, k_BGTK, v_BGTV, ctx).output.to(q_BHTK.dtype), state
         local = self.local(q_BHTK, k_BGTK, v_BGTV, ctx, state)
         return local.output.to(q_BHTK.dtype), local.kept
 
@@ -43,9 +46,10 @@ class Window(RecurrentMixer):
         return scores.masked_fill(hidden, torch.finfo(scores.dtype).min).softmax(-1).masked_fill(hidden, 0)
 
     def state_spec(self) -> list[StateSpec]:
-        return self.local.state_spec()
+        return self.local.state_spec() if self.shape.causal else []
 
     def cost(self, tokens: int) -> Cost:
-        s, seen = self.shape, self.config.window + self.config.sinks
+        s, c = self.shape, self.config
+        seen = c.window + c.sinks if s.causal else 2 * c.window - 1
         moved = 4 * (2 * s.heads * s.key_dim + 2 * s.heads * s.value_dim)
         return Cost(2.0 * tokens * seen * (s.key_dim + s.value_dim) * s.heads, float(tokens * moved))
