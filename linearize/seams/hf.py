@@ -6,13 +6,16 @@ CacheLayerMixin are relied on in caches.
 
 from __future__ import annotations
 
+import functools
+import inspect
+import re
 import sys
 from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
 
 from torch import nn
-from transformers import CONFIG_MAPPING, AttentionInterface, AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AttentionInterface, AutoConfig
 from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
@@ -23,8 +26,10 @@ from transformers.cache_utils import (
     StaticLayer,
 )
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
-from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
+from transformers.masking_utils import AttentionMaskInterface, bidirectional_mask_function, causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+
+from linearize.types import Unsupported
 
 __all__ = [
     "AttentionInterface",
@@ -38,9 +43,12 @@ __all__ = [
     "PreTrainedModel",
     "StaticLayer",
     "attention_function",
+    "auto_class",
     "base_classes",
+    "bidirectional_mask_function",
     "causal_mask_function",
     "get_implementation",
+    "masks",
     "register_subclass",
     "set_implementation",
 ]
@@ -62,6 +70,31 @@ def attention_function(cls: type[nn.Module], name: str) -> Callable[..., Any]:
     return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
 
 
+@functools.cache
+def masks(cls: type[nn.Module]) -> str | None:
+    """Which masks this class's own forward makes: "causal", "bidirectional", "both"; None where it makes none."""
+    code = getattr(inspect.unwrap(cls.forward), "__code__", None)
+    made = [n for n in getattr(code, "co_names", ()) if re.fullmatch(r"create_\w*mask\w*", n)]
+    kinds = {"causal" if "causal" in n else "bidirectional" for n in made if "causal" in n or "bidirectional" in n}
+    return "both" if len(kinds) == 2 else next(iter(kinds), None)
+
+
+def auto_class(config: type[Any], model: type[PreTrainedModel]) -> type[Any]:
+    """The auto class that makes `model` from its configuration (AutoModelForCausalLM, AutoModel, ...).
+
+    Raises Unsupported where transformers has none.
+    """
+    import transformers
+
+    for name in ("AutoModelForCausalLM", "AutoModel", *sorted(n for n in dir(transformers) if n.startswith("Auto"))):
+        auto = getattr(transformers, name)
+        found = getattr(auto, "_model_mapping", None) or {}
+        made = found.get(config, None) if hasattr(found, "get") else None
+        if model in (made if isinstance(made, tuple) else (made,)):
+            return auto
+    raise Unsupported(f"transformers has no auto class for {model.__name__}: save an adapter")
+
+
 def base_classes(model_type: str, architecture: str) -> tuple[type[Any], type[PreTrainedModel]] | None:
     """(configuration class, model class) of transformers' own code; None where it has none of these names."""
     import transformers
@@ -75,13 +108,14 @@ def base_classes(model_type: str, architecture: str) -> tuple[type[Any], type[Pr
 def register_subclass(
     config: type[Any], model: type[PreTrainedModel], base: type[PreTrainedModel], base_type: str
 ) -> None:
-    """Make a subclass pair known to the auto classes of this process (idempotent).
+    """Make a subclass pair known to the auto classes of this process (idempotent). Raises Unsupported where `base` is
+    known to none.
 
     Checkpoints of some families are laid out differently on disk than in memory (experts one by one, or stacked); the
     conversion goes by class name or model type, so the subclass inherits it under its own.
     """
     AutoConfig.register(config.model_type, config, exist_ok=True)
-    AutoModelForCausalLM.register(config, model, exist_ok=True)
+    auto_class(base.config_class, base).register(config, model, exist_ok=True)
     for new, old in ((config.model_type, base_type), (model.__name__, base.__name__)):
         mapping = get_checkpoint_conversion_mapping(old)
         if mapping is not None:

@@ -5,12 +5,21 @@ One registered attention function and one registered mask function reach every s
 
 from __future__ import annotations
 
+import ast
+import functools
+import inspect
+import textwrap
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from linearize.seams.hf import AttentionInterface, AttentionMaskInterface, causal_mask_function
+from linearize.seams.hf import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    bidirectional_mask_function,
+    causal_mask_function,
+)
 
 #: the implementation name that routes a module's attention to its port
 NAME = "linearize"
@@ -23,6 +32,23 @@ def reaches(cls: type[nn.Module]) -> bool:
         forward = forward.__wrapped__
     code = getattr(forward, "__code__", None)
     return code is not None and "attention_interface" in code.co_varnames
+
+
+@functools.cache
+def given_keys(cls: type[nn.Module]) -> frozenset[str]:
+    """The children that this class's own forward calls with `key_value_states`, the keys of another sequence."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(cls.forward))))
+    except (OSError, TypeError, SyntaxError):  # no source: such a call is caught when it comes
+        return frozenset()
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)]
+    return frozenset(
+        call.func.attr
+        for call in calls
+        if isinstance(call.func, ast.Attribute)
+        and ast.unparse(call.func.value) == "self"
+        and any(k.arg == "key_value_states" and ast.unparse(k.value) != "None" for k in call.keywords)
+    )
 
 
 def attention(
@@ -69,7 +95,8 @@ def token_codes(
         if missing > 0:  # a static cache: slots not yet written
             real_BS = torch.nn.functional.pad(real_BS, (0, missing))
         real_BS = real_BS[:, kv_offset : kv_offset + kv_length]
-    if mask_function is causal_mask_function or q_length == 1 or attention_mask is not None or q_length != kv_length:
+    plain = mask_function in (causal_mask_function, bidirectional_mask_function)
+    if plain or q_length == 1 or attention_mask is not None or q_length != kv_length:
         return real_BS
     batch = torch.arange(batch_size, device=device)[:, None]
     column = torch.arange(kv_length, device=device)[None]
@@ -79,11 +106,13 @@ def token_codes(
 
 
 def read_mask(mask: Tensor | None, tokens: int, column: int, packed: bool) -> tuple[Tensor | None, Tensor | None]:
-    """(valid_BT, segments_BT) of this call's `tokens`, whose first one stands at `column` of the mask.
+    """(valid_BT, segments_BT) of this call's `tokens`, whose first one stands at `column` of the mask. B is the mask's:
+    1 where it is the same for every row.
 
     A model with softmax layers left hands its 4-D mask to all of them. There a token is real exactly if it may see
     itself: the diagonal, never a row (rows of a sliding mask lie, columns of a static cache run ahead). Documents
-    (`packed`: no cache, so they are possible) start where the sub-diagonal is closed.
+    (`packed`: no cache, so they are possible) start where the sub-diagonal is closed. A mask [B, 1, 1, S] says the
+    same to all queries.
     """
     if mask is None:
         return None, None
@@ -95,6 +124,8 @@ def read_mask(mask: Tensor | None, tokens: int, column: int, packed: bool) -> tu
             return codes > 0, codes.cummax(1).values
         return codes.bool(), None
     seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    if seen.shape[2] == 1:
+        return seen.any(1)[:, 0, column : column + tokens], None
     seen_BTT = seen.any(1)[:, -tokens:, column : column + tokens]
     valid_BT = seen_BTT.diagonal(dim1=1, dim2=2)
     if not packed or tokens == 1:

@@ -21,7 +21,7 @@ from linearize.seams import hf, hooks, interface
 from linearize.surgery.port import CHILD, PORT, Port, Watcher, made_subclass
 from linearize.surgery.probe import probe as check
 from linearize.surgery.probe import small_forward
-from linearize.surgery.select import find, original_class
+from linearize.surgery.select import BIAS, find, original_class
 from linearize.types import InputError, Site, Unsupported
 
 log = logging.getLogger(__name__)
@@ -113,7 +113,8 @@ class Surgery:
             only_mixers = all(p.mode == "student" and p.watcher is None for p in ports) and not any(
                 "mask" in getattr(m, CHILD).needs for m in self._modules.values()
             )
-            everything = only_mixers and self._covers(config)
+            added = any(BIAS in p.site.drops for p in ports)  # to the mask, by the model: it must stay a mask
+            everything = only_mixers and not added and self._covers(config)
             hf.set_implementation(config, interface.NAME if everything else original)
 
     def _hosts(self) -> list[tuple[Any, list[Port]]]:
@@ -160,7 +161,7 @@ def attach(
     """Replace softmax at `sites` (None: everywhere) by `method`. Idempotent: an earlier conversion is detached first.
 
     method: a name, or a Mixer class of your own. config: the mixer's settings. probe: one small forward after the
-    surgery proves that every site fired exactly once with the shapes it was planned for; pass a callable for models
+    surgery proves that every site fires at each of its calls, with what it was planned for; pass a callable for models
     that need special inputs, False to skip (meta).
     Raises Unsupported when the method does not fit, a hook is in the way, or the probe fails; the model is then as it
     was.

@@ -196,7 +196,7 @@ def _dressed(model: nn.Module) -> Iterator[None]:
     config.linearize = describe(surgery)
     config.auto_map = {
         "AutoConfig": f"{MODULE}.{config_class.__name__}",
-        "AutoModelForCausalLM": f"{MODULE}.{model_class.__name__}",
+        hf.auto_class(base.config_class, base).__name__: f"{MODULE}.{model_class.__name__}",
     }
     try:
         yield

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,17 @@ class Call:
     layer: StateLayer | None
 
 
+class Seen(NamedTuple):
+    """What arrived at a port while it was probed; options are the family's keyword arguments."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    rotary: Rotary | None
+    mask: Any
+    options: dict[str, Any]
+
+
 @dataclass
 class Port:
     """Between an attention module and its mixer. mode: "student" (the mixer answers), "teacher" (softmax does)."""
@@ -46,14 +57,16 @@ class Port:
     rotates: bool = True
     rotary_channels: int | None = None  # how many channels of a head the family rotates (None: as many as cos has)
     call: Call | None = None
+    entered: int = 0
     fired: int = 0
-    seen: list[Any] = field(default_factory=list)
+    seen: list[Seen] = field(default_factory=list)
     plain: list[Any] = field(default_factory=list)  # probe: q and k as they are without rotation
     wants_plain: bool = False
 
     # ------------------------------------------------------------------------------------- around forward
     def enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Record the call's context."""
+        self.entered += 1
         named = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
         cross = any(named.get(n) is not None for n in ("key_value_states", "encoder_hidden_states"))
         if cross:
@@ -67,7 +80,7 @@ class Port:
         )
 
     def _layer(self, module: nn.Module, cache: Any) -> StateLayer | None:
-        if cache is None or self.site.layer is None:
+        if cache is None or self.site.layer is None or not self.site.shape.causal:
             return None
         if self.mode == "student" and self.watcher is None:
             return state_layer(cache, self.site.layer) if getattr(module, CHILD).recurrent else None
@@ -91,7 +104,7 @@ class Port:
             return teacher()
         self.fired += 1
         if self.mode == "probe":
-            self.seen.append((q_BHTK, k_BGTK, v_BGTV, self._rotary()))
+            self.seen.append(Seen(q_BHTK, k_BGTK, v_BGTV, self._rotary(), mask, kwargs))
             return teacher()
         if self.mode == "teacher":
             return teacher()
@@ -111,7 +124,12 @@ class Port:
             if k_BGTK.shape[2] != T:
                 raise RuntimeError(f"{self.site.name}: {k_BGTK.shape[2]} keys for {T} queries: what cache is that?")
             column = call.layer.column if call.layer is not None else 0
-            valid, segments = interface.read_mask(mask, T, column, packed=call.layer is None)
+            valid, segments = (
+                x if x is None else x.expand(len(q_BHTK), -1)
+                for x in interface.read_mask(mask, T, column, packed=call.layer is None)
+            )
+            if segments is not None and not self.site.shape.causal and not torch.compiler.is_compiling():
+                segments = segments if bool((segments[:, 1:] != segments[:, :-1]).any()) else None
         return Context(
             causal=self.site.shape.causal,
             scale=self.site.shape.scale if scale is None else float(scale),

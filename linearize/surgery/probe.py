@@ -1,7 +1,9 @@
-"""One small forward after surgery, as the teacher: every port fires once, with the shapes it was planned for."""
+"""One small forward after surgery, as the teacher: every call of a converted module reaches its port, with what it was
+planned for."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,17 +13,27 @@ from torch import Tensor, nn
 
 from linearize.seams import hooks
 from linearize.surgery.port import CHILD, Port
+from linearize.surgery.select import BIAS
 from linearize.types import InputError, Rotary, Unsupported
 
 
 def small_forward(model: nn.Module) -> Any:
+    """One blank image, or five tokens (for both sides of an encoder-decoder). Raises InputError for other inputs."""
     config: Any = getattr(model, "config", None)
     device = hooks.device(model)
+    if getattr(model, "main_input_name", None) == "pixel_values" and hasattr(config, "image_size"):
+        size = config.image_size
+        rows, columns = size if isinstance(size, (list, tuple)) else (size, size)
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+        return model(pixel_values=torch.zeros(1, config.num_channels, rows, columns, dtype=dtype, device=device))
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     if not hasattr(text, "vocab_size"):
         raise InputError("attach cannot make inputs for this model: pass probe=lambda model: model(...)")
     ids = torch.arange(5, device=device)[None] % text.vocab_size
-    return model(input_ids=ids, **({"use_cache": False} if hasattr(text, "use_cache") else {}))
+    more: dict[str, Any] = {"use_cache": False} if hasattr(text, "use_cache") else {}
+    if "decoder_input_ids" in inspect.signature(model.forward).parameters:
+        more["decoder_input_ids"] = ids
+    return model(input_ids=ids, **more)
 
 
 def probe(model: nn.Module, ports: Sequence[Port], run: Callable[[nn.Module], Any]) -> None:
@@ -31,16 +43,22 @@ def probe(model: nn.Module, ports: Sequence[Port], run: Callable[[nn.Module], An
     try:
         for port in ports:
             mixer: Any = model.get_submodule(f"{port.site.name}.{CHILD}")
-            port.mode, port.wants_plain, port.fired = "probe", mixer.needs_rotary, 0
+            port.mode, port.wants_plain, port.entered, port.fired = "probe", mixer.needs_rotary, 0, 0
         with torch.no_grad():
             run(model)
-        if missed := [p for p in ports if p.fired != 1]:
+        if missed := [p for p in ports if not p.fired or p.fired != p.entered]:
             raise Unsupported(
-                f"{missed[0].site.name} was reached {missed[0].fired} times by one forward, not once "
-                f"({len(missed)} of {len(ports)} sites); a hook or wrapper is in the way"
+                f"{missed[0].site.name} was reached {missed[0].fired} times by one forward of the model, which called "
+                f"it {missed[0].entered} times ({len(missed)} of {len(ports)} sites); a hook or wrapper is in the way"
+            )
+        if shared := [p for p in ports if p.fired > 1 and p.site.layer is not None]:
+            raise Unsupported(
+                f"{shared[0].site.name} was reached {shared[0].fired} times by one forward: layers that share one "
+                "module would share one place in the cache"
             )
         for port in ports:
             _check_shapes(port)
+            _check_scores(port)
             if port.wants_plain:
                 _check_rotary(port)
     finally:
@@ -52,7 +70,7 @@ def probe(model: nn.Module, ports: Sequence[Port], run: Callable[[nn.Module], An
 
 
 def _check_shapes(port: Port) -> None:
-    q, k, v, _ = port.seen[0]
+    q, k, v = port.seen[0][:3]
     s = port.site.shape
     found = (q.shape[1], k.shape[1], q.shape[3], v.shape[3])
     if found != (s.heads, s.kv_heads, s.key_dim, s.value_dim):
@@ -62,9 +80,24 @@ def _check_shapes(port: Port) -> None:
         )
 
 
+def _check_scores(port: Port) -> None:
+    """Is there more to the teacher's scores than the site says: another direction, or a bias?"""
+    mask, options = port.seen[0].mask, port.seen[0].options
+    if options.get("is_causal") and not port.site.shape.causal:
+        raise Unsupported(f"{port.site.name} was planned as bidirectional, but the model calls it with is_causal=True")
+    if BIAS in port.site.drops:
+        return
+    biases = [x for x in (mask, options.get("position_bias")) if isinstance(x, Tensor) and x.is_floating_point()]
+    if any(bool(((x != 0) & (x > torch.finfo(x.dtype).min / 2)).any()) for x in biases):
+        raise Unsupported(
+            f"{port.site.name}: the model adds a bias of its own to the attention scores, which no mixer keeps and "
+            "linearize does not know"
+        )
+
+
 def _check_rotary(port: Port) -> None:
     """Does undoing the rotation give back what the family had before it? Exact on most; layers without RoPE skip it."""
-    q, k, _, rotary = port.seen[0]
+    q, k, _, rotary = port.seen[0][:4]
     if rotary is None or not port.plain:
         raise Unsupported(f"{port.site.name}: rope: undo has nothing to undo, this family has no rotary embedding")
     q_plain, k_plain = port.plain

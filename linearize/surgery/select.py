@@ -10,10 +10,13 @@ from typing import Any
 from torch import nn
 
 from linearize.mixers import base as mixers
-from linearize.seams import interface, sdpa
+from linearize.seams import hf, interface, sdpa
 from linearize.types import InputError, Site, SiteShape, Unsupported
 
 log = logging.getLogger("linearize")
+
+#: in Site.drops: an additive bias by the distance of two tokens
+BIAS = "relative position bias"
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
@@ -39,8 +42,8 @@ def find(model: nn.Module) -> list[Site]:
             if sdpa.writes_softmax(cls) and _is_attention(cls):
                 by_hand.append(f"{name} ({cls.__name__})")
             continue
-        if not is_cross(module):
-            sites.append(_site(name, module, seam))
+        if not is_cross(module) and not _is_given_keys(model, name):
+            sites.append(_site(name, module, seam, _owners(model, name)))
     if not sites:
         if by_hand:
             raise Unsupported(
@@ -61,6 +64,30 @@ def is_cross(module: nn.Module) -> bool:
     return bool(getattr(module, "is_cross_attention", False)) or "CrossAttention" in original_class(module).__name__
 
 
+def _is_given_keys(model: nn.Module, name: str) -> bool:
+    """Cross-attention by how the module that owns it calls it."""
+    owner, _, child = name.rpartition(".")
+    return child in interface.given_keys(original_class(model.get_submodule(owner)))
+
+
+def _owners(model: nn.Module, name: str) -> list[nn.Module]:
+    """The modules around `name`, from the inside out, up to the nearest transformers model (one tower of several)."""
+    owners, parts = [], name.split(".")
+    for end in range(len(parts) - 1, -1, -1):
+        owners.append(model.get_submodule(".".join(parts[:end])))
+        if isinstance(owners[-1], hf.PreTrainedModel):
+            break
+    return owners
+
+
+def _is_causal(module: nn.Module, owners: Sequence[nn.Module]) -> bool:
+    """The module's own flag, or that of whoever makes masks for it (CLIP's text tower says so in the call alone)."""
+    if getattr(module, "is_causal", False):
+        return True
+    made = [kind for owner in owners if (kind := hf.masks(original_class(owner)))]
+    return bool(made) and made[0] == "causal"
+
+
 def _is_attention(cls: type[nn.Module]) -> bool:
     return re.search(r"attention|attn", cls.__name__, re.I) is not None
 
@@ -74,7 +101,7 @@ def _first(objects: Sequence[Any], *names: str) -> Any:
     return None
 
 
-def _site(name: str, module: nn.Module, seam: Any) -> Site:
+def _site(name: str, module: nn.Module, seam: Any, owners: Sequence[nn.Module]) -> Site:
     config = getattr(module, "config", None)
     layer = getattr(module, "layer_idx", None)
     heads = _first((module, config), "num_heads", "num_attention_heads", "n_heads")
@@ -90,7 +117,7 @@ def _site(name: str, module: nn.Module, seam: Any) -> Site:
         name=name,
         layer=layer,
         seam=seam,
-        drops=_drops(name, module, config),
+        drops=_drops(name, module, config, owners[-1]),
         cache_dims=None if rank is None else rank + module.qk_rope_head_dim,
         shape=SiteShape(
             heads=heads,
@@ -99,8 +126,9 @@ def _site(name: str, module: nn.Module, seam: Any) -> Site:
             value_dim=value_dim,
             width=width,
             scale=float(scale) if isinstance(scale, (int, float)) else key_dim**-0.5,
-            causal=bool(getattr(module, "is_causal", False)),
+            causal=_is_causal(module, owners),
             window=_teacher_window(module, config, layer),
+            image=getattr(owners[-1], "main_input_name", None) == "pixel_values",
         ),
     )
 
@@ -124,7 +152,8 @@ def _teacher_window(module: nn.Module, config: Any, layer: int | None) -> int | 
     kinds = getattr(config, "layer_types", None)
     if kinds is not None and layer is not None and layer < len(kinds):
         if kinds[layer] == "sliding_attention":
-            return config.sliding_window
+            # Bidirectional windows count the tokens on either side, causal ones the token itself too.
+            return config.sliding_window + (not getattr(module, "is_causal", True))
         if kinds[layer] == "chunked_attention":
             return config.attention_chunk_size
         return None
@@ -134,8 +163,13 @@ def _teacher_window(module: nn.Module, config: Any, layer: int | None) -> int | 
     return window if isinstance(window, int) else None
 
 
-def _drops(name: str, module: nn.Module, config: Any) -> tuple[str, ...]:
+def _drops(name: str, module: nn.Module, config: Any, tower: nn.Module) -> tuple[str, ...]:
     drops = []
+    if getattr(config, "window_size", None) and getattr(tower, "main_input_name", None) == "pixel_values":
+        raise Unsupported(
+            f"{name}: attention inside shifted windows of an image (config.window_size) is refused: its windows and "
+            "position bias are all it has of positions, and they are not handed over"
+        )
     if getattr(config, "alibi", False):
         raise Unsupported(
             f"{name}: attention with ALiBi (config.alibi) is refused: the bias is the model's only position signal and "
@@ -145,10 +179,13 @@ def _drops(name: str, module: nn.Module, config: Any) -> tuple[str, ...]:
         drops.append(f"soft-cap {cap:g} on the logits")
     if getattr(module, "sinks", None) is not None:
         drops.append("learned sink logits")
-    if getattr(module, "has_relative_attention_bias", False) or hasattr(module, "relative_position_bias_table"):
-        drops.append("relative position bias")
+    # Added by whoever owns the layers, or handed from the first layer to the others.
+    if any(re.search(r"relative_(position|attention)_bias", n) for n, _ in tower.named_parameters()):
+        drops.append(BIAS)
     if window := _teacher_window(module, config, getattr(module, "layer_idx", None)):
-        drops.append(f"the teacher's own window of {window} tokens")
+        causal = getattr(module, "is_causal", False)
+        size = f"{window} tokens" if causal else f"{window - 1} tokens on either side"
+        drops.append(f"the teacher's own window of {size}")
     return tuple(drops)
 
 
@@ -194,7 +231,7 @@ def worthwhile(
     """(sites to convert by default, {site name: why it is left alone}).
 
     A site is left alone when its float32 state would exceed the teacher's own bf16 cache at `target_length` tokens:
-    sliding-window, chunked and MLA layers, or a large state on a short context.
+    sliding-window, chunked and MLA layers, or a large state on a short context. Bidirectional layers keep neither.
     """
     chosen, left = [], {}
     states: dict[SiteShape, int] = {}

@@ -6,6 +6,9 @@ from typing import Any
 
 import torch
 
+_SPECIAL = {"cls_token_id": 1, "sep_token_id": 2, "mask_token_id": 4}
+_SIDE = {"layers": 4, "attention_heads": 4, "ffn_dim": 48}
+
 #: model_type -> what its config needs beyond the common sizes (...: a common one it does not take). A new family is
 #: one row.
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -56,6 +59,40 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "falcon": {"alibi": False, "num_kv_heads": 2, "new_decoder_architecture": True, "head_dim": ...},
 }
 
+#: the same for encoders of text, and for both sides of an encoder-decoder
+TEXT_ENCODERS: dict[str, dict[str, Any]] = {
+    "bert": {},
+    "roberta": {},
+    "modernbert": {"sliding_window": 3, "layer_types": "sliding/full", **_SPECIAL},
+    "electra": {"embedding_size": 32},
+    "albert": {"embedding_size": 16},
+    "xlm-roberta": {},
+    "distilbert": {"dim": 32, "n_heads": 4, "n_layers": 4, "hidden_dim": 48},
+    "nomic_bert": {"num_key_value_heads": 4},
+    "eurobert": {"mask_token_id": 4},
+    "clip_text_model": {},
+    "t5": {"d_model": 32, "d_kv": 8, "num_heads": 4, "num_layers": 4, "d_ff": 48, "decoder_start_token_id": 1},
+    "bart": {
+        **{f"{side}_{name}": n for side in ("encoder", "decoder") for name, n in _SIDE.items()},
+        "d_model": 32,
+        "decoder_start_token_id": 1,
+    },
+}
+#: and of images: 4 x 4 patches of 4 x 4 pixels
+IMAGE_ENCODERS: dict[str, dict[str, Any]] = {
+    "vit": {},
+    "deit": {},
+    "dinov2": {},
+    "dinov2_with_registers": {"num_register_tokens": 2},
+    "dinov3_vit": {"num_register_tokens": 2, "layerscale_value": 1.0},
+    "beit": {"use_relative_position_bias": True},
+    "clip_vision_model": {},
+    "siglip_vision_model": {},
+    "vit_mae": {"decoder_hidden_size": 32, "decoder_num_hidden_layers": 1, "decoder_intermediate_size": 48},
+    "ijepa": {},
+    "data2vec-vision": {"use_shared_relative_position_bias": True},
+}
+
 _COMMON: dict[str, Any] = {
     "vocab_size": 97,
     "hidden_size": 32,
@@ -76,13 +113,24 @@ _COMMON: dict[str, Any] = {
     "dropout": 0.0,
     "hidden_dropout": 0.0,
 }
+_IMAGE: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 4,
+    "intermediate_size": 48,
+    "image_size": 16,
+    "patch_size": 4,
+    "num_channels": 3,
+}
 
 
 def pico_config(family: str, **overrides: Any) -> Any:
     """The tiny config of `family`: 4 layers, 4 heads of 8 (2 key/value heads where it has them), 97 pieces."""
     from transformers import AutoConfig
 
-    settings = {k: v for k, v in {**_COMMON, **FAMILIES[family], **overrides}.items() if v is not ...}
+    common = _IMAGE if family in IMAGE_ENCODERS else _COMMON
+    own = {**FAMILIES, **TEXT_ENCODERS, **IMAGE_ENCODERS}[family]
+    settings = {k: v for k, v in {**common, **own, **overrides}.items() if v is not ...}
     if isinstance(kinds := settings.get("layer_types"), str):
         names = [f"{k}_attention" for k in kinds.split("/")]
         settings["layer_types"] = [names[i % len(names)] for i in range(settings["num_hidden_layers"])]
@@ -90,19 +138,28 @@ def pico_config(family: str, **overrides: Any) -> Any:
 
 
 def pico(family: str, seed: int = 0, sharpen: float = 6.0, **overrides: Any) -> torch.nn.Module:
-    """A random causal language model of `family` in eval mode, float32.
+    """A random causal language model (or encoder without a head) of `family` in eval mode, float32.
 
     Query and key projections are scaled by `sharpen` so that attention is far from uniform: on flat attention every
     mixer looks right.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModel, AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(pico_config(family, **overrides)).eval()
+    auto: Any = AutoModelForCausalLM if family in FAMILIES else AutoModel
+    model = auto.from_config(pico_config(family, **overrides)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.ndim == 2 and any(part in name for part in ("q_proj", "k_proj", "q_b_proj", "kv_b_proj")):
+            if parameter.ndim == 2 and any(part in name for part in _QUERIES_AND_KEYS):
                 parameter.mul_(sharpen)
             elif parameter.ndim == 2 and any(part in name for part in ("c_attn", "qkv", "query_key_value")):
                 parameter.mul_(sharpen / 2)
+            elif "relative_position_bias" in name:  # starts at zero, where nobody would miss it
+                parameter.normal_(generator=torch.Generator().manual_seed(seed))
     return model
+
+
+_QUERIES_AND_KEYS = (
+    *("q_proj", "k_proj", "q_b_proj", "kv_b_proj", "query.", "key.", "q_lin", "k_lin"),
+    *("Attention.q.", "Attention.k."),
+)

@@ -1,0 +1,357 @@
+"""One table (pico.TEXT_ENCODERS, pico.IMAGE_ENCODERS), one battery: bidirectional families, all layers or every second.
+
+As in test_families.py no family has a line of its own: what a family cannot do is a row of data, with the reason.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM, CLIPConfig, CLIPModel
+
+import linearize
+from linearize.surgery import files
+from linearize.surgery.port import CHILD, PORT
+from linearize.surgery.select import BIAS
+from linearize.testing.pico import IMAGE_ENCODERS, TEXT_ENCODERS, pico, pico_config
+from linearize.types import Unsupported
+
+#: settings of hedgehog, and which sites are converted
+CONVERSIONS = {
+    "linear-all": ({}, 1),
+    "linear-half": ({}, 2),
+    "window-all": ({"window": 3}, 1),
+    "window-half": ({"window": 3, "combine": "lolcats"}, 2),
+}
+ENCODER_DECODERS = {"t5", "bart"}
+#: what softmax added to its scores there
+BIASED = {"t5", "beit", "data2vec-vision"}
+#: one module for all layers
+SHARED = {"albert"}
+CAUSAL = {"clip_text_model"}
+ROTARY = {"modernbert", "nomic_bert", "eurobert"}
+#: their position embeddings are interpolated for other sizes than the configured one
+ANY_SIZE = {
+    *("vit", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit", "clip_vision_model", "siglip_vision_model"),
+    "ijepa",
+}
+#: those that are compiled in the fast suite; the others are when slow tests run
+HEAVY = {"bert", "modernbert", "t5", "vit", "data2vec-vision"}
+LENGTHS = (12, 9, 4)
+
+every = pytest.mark.parametrize("family", [*TEXT_ENCODERS, *IMAGE_ENCODERS])
+text = pytest.mark.parametrize("family", list(TEXT_ENCODERS))
+#: a window along a line of tokens has no meaning on images
+converted = pytest.mark.parametrize(
+    "family, conversion",
+    [(f, c) for f in [*TEXT_ENCODERS, *IMAGE_ENCODERS] for c in CONVERSIONS if f in TEXT_ENCODERS or "linear" in c],
+)
+
+
+def convert(family, conversion):
+    """(model in float64, its surgery)"""
+    settings, step = CONVERSIONS[conversion]
+    model = pico(family)
+    surgery = linearize.attach(model, linearize.find(model)[::step], "hedgehog", settings)
+    return model.double(), surgery
+
+
+def tokens(rows=3, columns=12):
+    return torch.randint(5, 97, (rows, columns), generator=torch.Generator().manual_seed(1))
+
+
+def pixels(rows=16, columns=16):
+    return torch.randn(2, 3, rows, columns, generator=torch.Generator().manual_seed(2))
+
+
+def inputs(family):
+    """A ragged batch padded on the right, or two images."""
+    if family in IMAGE_ENCODERS:
+        noise = {"noise": torch.linspace(0, 1, 32).view(2, 16)} if family == "vit_mae" else {}
+        return {"pixel_values": pixels(), **noise}
+    mask = (torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]).long()
+    batch = {"input_ids": tokens() * mask, "attention_mask": mask}
+    if family in ENCODER_DECODERS:
+        batch |= {"decoder_input_ids": tokens(columns=7), "use_cache": False}
+    return batch
+
+
+def run(model, batch):
+    """Every hidden state that comes out at the end: of the decoder, too."""
+    dtype = next(model.parameters()).dtype
+    batch = {k: v.to(dtype) if k == "pixel_values" else v for k, v in batch.items()}
+    out = model(**batch)
+    return [out[key] for key in ("last_hidden_state", "encoder_last_hidden_state") if key in out]
+
+
+def identities(model):
+    return {n: (type(m), id(getattr(m, "config", None))) for n, m in model.named_modules()}
+
+
+# ------------------------------------------------------------------------------------------------------- surgery
+@every
+def test_identity_is_exact_and_detach_restores(family):
+    model = pico(family)
+    before, implementation = identities(model), model.config._attn_implementation
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    with torch.no_grad():
+        expected = run(model, inputs(family))
+        surgery = linearize.attach(model, None, "softmax")
+        assert all(torch.equal(a, b) for a, b in zip(run(model, inputs(family)), expected, strict=True))
+        surgery.detach()
+        linearize.attach(model, None, "hedgehog")
+        assert not any(torch.equal(a, b) for a, b in zip(run(model, inputs(family)), expected, strict=True))
+        with linearize.Surgery.of(model).teacher():
+            assert all(torch.equal(a, b) for a, b in zip(run(model, inputs(family)), expected, strict=True))
+        linearize.Surgery.of(model).detach()
+        assert all(torch.equal(a, b) for a, b in zip(run(model, inputs(family)), expected, strict=True))
+    assert identities(model) == before and model.config._attn_implementation == implementation
+    assert list(model.state_dict()) == list(state)
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+
+
+@every
+def test_every_self_attention_is_found(family):
+    sites = linearize.find(pico(family))
+    layers = [1] if family in SHARED else [4, 4] if family in ENCODER_DECODERS else [4]
+    assert len(sites) == sum(layers)
+    causal = [family in CAUSAL] * layers[0] + [True] * sum(layers[1:])
+    assert [s.shape.causal for s in sites] == causal
+    assert {s.shape.image for s in sites} == {family in IMAGE_ENCODERS}
+    assert {BIAS in s.drops for s in sites} == {family in BIASED}
+
+
+@text
+def test_the_teachers_own_window_is_named(family):
+    drops = [drop for site in linearize.find(pico(family)) for drop in site.drops if drop != BIAS]
+    assert drops == (["the teacher's own window of 3 tokens on either side"] * 2 if family == "modernbert" else [])
+
+
+@every
+def test_methods_without_parameters(family):
+    """The floor, and the exact window, which is softmax where it sees everything."""
+    model = pico(family)
+    linearize.attach(model, None, "none")
+    with torch.no_grad():
+        assert all(x.isfinite().all() for x in run(model, inputs(family)))
+    settings = {"window": 20, "sinks": 0}
+    if family in IMAGE_ENCODERS:
+        with pytest.raises(Unsupported, match="window: 0"):
+            linearize.attach(model, None, "window", settings)
+        return
+    linearize.attach(model, None, "window", settings)
+    with torch.no_grad():
+        found = run(model, inputs(family))
+        linearize.Surgery.of(model).detach()
+        expected = run(model, inputs(family))
+    masks = [inputs(family)["attention_mask"].bool()] if family not in ENCODER_DECODERS else [...]
+    same = all((a - b)[m].abs().max() < 1e-4 for a, b, m in zip(found, expected, masks))
+    assert same == (family not in BIASED | {"modernbert"}), "what softmax had beside: a bias, a window"
+
+
+# ------------------------------------------------------------------------------------------------------- forward
+@text
+@pytest.mark.parametrize("conversion", list(CONVERSIONS))
+def test_padded_equals_alone(family, conversion):
+    """Keys and normaliser: what stands at padding is nobody's business."""
+    model, _ = convert(family, conversion)
+    batch = inputs(family)
+    with torch.no_grad():
+        together = run(model, batch)
+        other = {**batch, "input_ids": torch.where(batch["attention_mask"] > 0, batch["input_ids"], 7)}
+        others = (
+            together if family in {"roberta", "xlm-roberta"} else run(model, other)
+        )  # these count positions by pads
+        for i, length in enumerate(LENGTHS):
+            row = {k: v if k == "use_cache" else v[i : i + 1] for k, v in batch.items()}
+            row |= {"input_ids": row["input_ids"][:, :length], "attention_mask": row["attention_mask"][:, :length]}
+            no_mask = {k: v for k, v in row.items() if k != "attention_mask"}
+            for alone in (run(model, row), run(model, no_mask)):
+                for found, filled, expected in zip(together, others, alone, strict=True):
+                    n = expected.shape[1]
+                    torch.testing.assert_close(found[i : i + 1, :n], expected, atol=1e-9, rtol=0)
+                    torch.testing.assert_close(filled[i : i + 1, :n], expected, atol=1e-9, rtol=0)
+
+
+@converted
+def test_backward_reaches_every_mixer_parameter(family, conversion):
+    model, surgery = convert(family, conversion)
+    out = run(model, inputs(family))[0]
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(3), dtype=out.dtype)
+    gradients = torch.autograd.grad((out * weight).sum(), surgery.parameters())
+    assert all(g.isfinite().all() and g.abs().max() > 0 for g in gradients)
+
+
+@pytest.mark.parametrize("family", sorted(ANY_SIZE))
+@pytest.mark.parametrize("size", [(8, 24), (20, 12)], ids=str)
+def test_images_of_other_sizes(family, size):
+    """H != W, other than configured: linear attention reads any number of patches, CLS and registers among them."""
+    model, surgery = convert(family, "linear-all")
+    rows = {"pixel_values": pixels(*size).double()}
+    more = {} if "dino" in family else {"interpolate_pos_encoding": True}  # those do it unasked
+    seen = []
+    with torch.no_grad(), surgery.watch(lambda site, mixer, q, *rest: seen.append(q.shape[2])):
+        model(**rows, **more)
+    patches = size[0] * size[1] // 16
+    prefix = seen[0] - patches
+    assert seen == [seen[0]] * 4 and 0 <= prefix <= 3
+    with torch.no_grad():
+        together, alone = model(**rows, **more)[0], model(pixel_values=rows["pixel_values"][:1], **more)[0]
+    torch.testing.assert_close(together[:1], alone, atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=() if f in HEAVY else pytest.mark.slow) for f in [*TEXT_ENCODERS, *IMAGE_ENCODERS]]
+)
+@pytest.mark.parametrize("conversion", ["linear-all", "linear-half"])
+def test_compiles_to_one_graph(family, conversion):
+    model, _ = convert(family, conversion)
+    batch = inputs(family)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        expected = run(model, batch)
+        found = run(torch.compile(model, fullgraph=True, backend="eager"), batch)
+    torch._dynamo.reset()
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
+
+
+# --------------------------------------------------------------------------------------------------- copies, files
+@every
+def test_a_copy_is_a_model_of_its_own(family):
+    model, surgery = convert(family, "linear-half")
+    with torch.no_grad():
+        expected = run(model, inputs(family))
+        other = copy.deepcopy(model)
+        surgery.detach()
+        assert all(torch.equal(a, b) for a, b in zip(run(other, inputs(family)), expected, strict=True))
+
+
+@every
+def test_saved_equals_loaded(family, tmp_path):
+    """By its class, and by the auto class that made the base."""
+    model = pico(family)
+    surgery = linearize.attach(model, linearize.find(model)[::2], "hedgehog")
+    with torch.no_grad():
+        for parameter in surgery.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(4)) * 0.1)
+        expected = run(model, inputs(family))
+    files.save(model, tmp_path / "model")
+    for load in (files.load, lambda folder: AutoModel.from_pretrained(folder, trust_remote_code=True)):
+        again = load(tmp_path / "model").eval()
+        with torch.no_grad():
+            assert all(torch.equal(a, b) for a, b in zip(run(again, inputs(family)), expected, strict=True))
+
+
+# ----------------------------------------------------------------------------------------- what some of them have
+@pytest.mark.parametrize("family", sorted(SHARED))
+def test_a_shared_module_fires_once_for_each_of_its_layers(family):
+    model = pico(family)
+    surgery = linearize.attach(model, None, "hedgehog")
+    before = surgery._ports()[0].fired
+    run(model, inputs(family))
+    assert surgery._ports()[0].fired - before == model.config.num_hidden_layers
+
+
+@pytest.mark.parametrize("family", sorted(ENCODER_DECODERS))
+@pytest.mark.parametrize("conversion", list(CONVERSIONS))
+def test_an_encoder_decoder_generates_from_its_state(family, conversion):
+    settings, step = CONVERSIONS[conversion]
+    torch.manual_seed(0)
+    model = AutoModelForSeq2SeqLM.from_config(pico_config(family)).eval()
+    linearize.attach(model, linearize.find(model)[::step], "hedgehog", settings)
+    batch = {k: v for k, v in inputs(family).items() if k in ("input_ids", "attention_mask")}
+    more = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "forced_eos_token_id": None}
+    with_cache = model.generate(**batch, **more)
+    assert torch.equal(with_cache, model.generate(**batch, **more, use_cache=False))
+    assert with_cache.shape[1] == 9
+
+
+def test_both_towers_of_clip_are_found():
+    """One of them is causal, which only the call says; attach works on each."""
+    parts = {kind: pico_config(f"clip_{kind}_model").to_dict() for kind in ("text", "vision")}
+    model = CLIPModel(CLIPConfig(text_config=parts["text"], vision_config=parts["vision"], projection_dim=16)).eval()
+    sites = linearize.find(model)
+    assert {(s.name.split(".")[0], s.shape.causal, s.shape.image) for s in sites} == {
+        ("text_model", True, False),
+        ("vision_model", False, True),
+    }
+    surgeries = [linearize.attach(tower, None, "hedgehog") for tower in (model.text_model, model.vision_model)]
+    with torch.no_grad():
+        out = model(input_ids=tokens(2), pixel_values=pixels()).logits_per_image
+    assert out.isfinite().all() and len(surgeries[0].sites) == len(surgeries[1].sites) == 4
+
+
+@every
+def test_without_rope(family):
+    model = pico(family)
+    if family not in ROTARY:
+        with pytest.raises(Unsupported, match="no rotary embedding|cannot be undone"):
+            linearize.attach(model, None, "hedgehog", {"rope": "undo"})
+        assert not any(PORT in m.__dict__ or hasattr(m, CHILD) for m in model.modules()), "left half converted"
+        return
+    linearize.attach(model, None, "hedgehog", {"rope": "undo"})
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():  # without rotation nothing is left that knows the order of the tokens
+        here, there = model(tokens())[0], model(tokens()[:, order])[0]
+    torch.testing.assert_close(here[:, order], there, atol=1e-4, rtol=0)
+
+
+# -------------------------------------------------------------------------------------------------------- refusals
+@pytest.mark.parametrize(
+    "family, sizes, says",
+    [
+        (
+            "mpnet",
+            {"hidden_size": 32, "num_attention_heads": 4},
+            r"attention\.attn \(MPNetSelfAttention\) writes its softmax",
+        ),
+        ("deberta", {"hidden_size": 32, "num_attention_heads": 4}, r"\(DisentangledSelfAttention\) writes its softmax"),
+        (
+            "deberta-v2",
+            {"hidden_size": 32, "num_attention_heads": 4},
+            r"\(DisentangledSelfAttention\) writes its softmax",
+        ),
+        ("hiera", {"embed_dim": 8}, r"\(HieraMaskUnitAttention\) writes its softmax"),
+        (
+            "cvt",
+            {"embed_dim": [8, 8, 8], "num_heads": [1, 1, 1]},
+            r"\(CvtSelfAttention\) writes its softmax",
+        ),
+        ("swinv2", {"embed_dim": 8, "num_heads": [1, 1, 1, 1]}, r"\(Swinv2SelfAttention\) writes its softmax"),
+        ("swin", {"embed_dim": 8, "num_heads": [1, 1, 1, 1]}, r"shifted windows"),
+    ],
+)
+def test_refused_by_name(family, sizes, says):
+    if "hidden_size" in sizes:
+        sizes = {**sizes, "vocab_size": 97, "num_hidden_layers": 2, "intermediate_size": 48}
+    with torch.device("meta"):
+        model = AutoModel.from_config(AutoConfig.for_model(family, **sizes))
+    with pytest.raises(Unsupported, match=says):
+        linearize.find(model)
+
+
+def test_sinks_are_refused_where_nothing_is_first():
+    with pytest.raises(Unsupported, match="sinks: 0"):
+        linearize.attach(pico("bert"), None, "hedgehog", {"window": 3, "sinks": 2})
+
+
+def test_a_bias_that_nobody_names_is_refused():
+    """A model that adds to its scores what discovery did not see."""
+
+    class Biased(type(pico("bert").encoder.layer[0].attention.self)):
+        def forward(self, hidden_states, attention_mask=None, **kwargs):
+            n = hidden_states.shape[1]
+            bias = -(torch.arange(n)[:, None] - torch.arange(n)).abs()[None, None].float()
+            return super().forward(hidden_states, attention_mask=bias, **kwargs)
+
+    model = pico("bert")
+    attention = model.encoder.layer[0].attention.self
+    attention.__class__ = Biased
+    sites = linearize.find(pico("bert"))
+    with pytest.raises(Unsupported, match=r"layer\.0\.attention\.self: the model adds a bias of its own"):
+        linearize.attach(model, sites, "hedgehog")
+    assert isinstance(model.encoder.layer[0].attention.self, nn.Module) and linearize.Surgery.of(model) is None
