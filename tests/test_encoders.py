@@ -17,7 +17,7 @@ from linearize.surgery import files
 from linearize.surgery.port import CHILD, PORT
 from linearize.surgery.select import BIAS
 from linearize.testing.pico import IMAGE_ENCODERS, TEXT_ENCODERS, pico, pico_config
-from linearize.types import Unsupported
+from linearize.types import InputError, Unsupported
 
 #: settings of hedgehog, and which sites are converted
 CONVERSIONS = {
@@ -174,6 +174,43 @@ def test_padded_equals_alone(family, conversion):
                     n = expected.shape[1]
                     torch.testing.assert_close(found[i : i + 1, :n], expected, atol=1e-9, rtol=0)
                     torch.testing.assert_close(filled[i : i + 1, :n], expected, atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["bert", "modernbert", "eurobert"])
+@pytest.mark.parametrize("settings", [{}, {"window": 3}], ids=str)
+def test_packed_documents_equal_each_alone(family, settings):
+    """A 4-D mask of two documents; one that hides the future is refused."""
+    model = pico(family)
+    surgery = linearize.attach(model, None, "hedgehog", settings)
+    model.double()
+    ids = tokens(1)
+    document = torch.tensor([0] * 5 + [1] * 7)
+    mask = (document[:, None] == document)[None, None]
+    positions = torch.cat([torch.arange(5), torch.arange(7)])[None]
+    masks = dict.fromkeys(("full_attention", "sliding_attention"), mask) if family == "modernbert" else mask
+    with torch.no_grad():
+        together = model(ids, attention_mask=masks, position_ids=positions)[0]
+        alone = torch.cat([model(ids[:, :5])[0], model(ids[:, 5:])[0]], 1)
+        torch.testing.assert_close(together, alone, atol=1e-9, rtol=0)
+        with pytest.raises(InputError, match="one direction only"):
+            model(ids, attention_mask=torch.ones(12, 12).tril().bool()[None, None], position_ids=positions)
+    assert len(surgery.sites) == 4
+
+
+@pytest.mark.parametrize("family", ["bert", "modernbert", "t5"])
+@pytest.mark.parametrize("conversion", ["linear-all", "linear-half"])
+def test_one_document_is_two_products(family, conversion):
+    """Masks without borders number no documents, so that nothing is scanned."""
+    model, surgery = convert(family, conversion)
+    seen = []
+    for name, mixer in surgery.mixers.items():
+        if name.startswith("decoder"):
+            continue
+        mixer.register_forward_hook(lambda module, args, out: seen.append(args[3].segments_BT))
+    with torch.no_grad():
+        for batch in (inputs(family), {k: v for k, v in inputs(family).items() if k != "attention_mask"}):
+            run(model, batch)
+    assert seen and seen == [None] * len(seen)
 
 
 @converted

@@ -51,6 +51,6 @@ def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
 
 def _say(op: str, name: str, reason: str | None) -> None:
     key = (op, name, reason or "")
-    if key not in _said:
+    if key not in _said and not torch.compiler.is_compiling():  # a graph holds no logging
         _said.add(key)
         log.info("%s: %s", op, f"{name} refused: {reason}" if reason else f"using {name}")

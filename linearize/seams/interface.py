@@ -20,6 +20,7 @@ from linearize.seams.hf import (
     bidirectional_mask_function,
     causal_mask_function,
 )
+from linearize.types import InputError
 
 #: the implementation name that routes a module's attention to its port
 NAME = "linearize"
@@ -102,17 +103,22 @@ def token_codes(
     column = torch.arange(kv_length, device=device)[None]
     sees_previous = mask_function(batch, torch.zeros_like(batch), column, (column - 1).clamp(min=0))
     border = (~sees_previous).expand(batch_size, kv_length).long()
+    sees_next = mask_function(batch, torch.zeros_like(batch), (column - 1).clamp(min=0), column)
+    if not torch.compiler.is_compiling() and bool((sees_next & sees_previous).all()):
+        return None  # one document, in both directions
     return 1 + border.cumsum(1)
 
 
-def read_mask(mask: Tensor | None, tokens: int, column: int, packed: bool) -> tuple[Tensor | None, Tensor | None]:
+def read_mask(
+    mask: Tensor | None, tokens: int, column: int, packed: bool, causal: bool = True
+) -> tuple[Tensor | None, Tensor | None]:
     """(valid_BT, segments_BT) of this call's `tokens`, whose first one stands at `column` of the mask. B is the mask's:
     1 where it is the same for every row.
 
     A model with softmax layers left hands its 4-D mask to all of them. There a token is real exactly if it may see
     itself: the diagonal, never a row (rows of a sliding mask lie, columns of a static cache run ahead). Documents
     (`packed`: no cache, so they are possible) start where the sub-diagonal is closed. A mask [B, 1, 1, S] says the
-    same to all queries.
+    same to all queries. Raises InputError where a bidirectional layer is given a mask that hides what comes after.
     """
     if mask is None:
         return None, None
@@ -130,7 +136,13 @@ def read_mask(mask: Tensor | None, tokens: int, column: int, packed: bool) -> tu
     valid_BT = seen_BTT.diagonal(dim1=1, dim2=2)
     if not packed or tokens == 1:
         return valid_BT, None
-    border = valid_BT[:, 1:] & valid_BT[:, :-1] & ~seen_BTT.diagonal(-1, 1, 2)
+    pairs = valid_BT[:, 1:] & valid_BT[:, :-1]
+    border = pairs & ~seen_BTT.diagonal(-1, 1, 2)
+    if not causal and not torch.compiler.is_compiling():
+        if bool((border != pairs & ~seen_BTT.diagonal(1, 1, 2)).any()):
+            raise InputError("this mask hides tokens in one direction only, but the converted layer is bidirectional")
+        if not bool(border.any()):  # one document: nothing to keep apart
+            return valid_BT, None
     first = torch.ones_like(valid_BT[:, :1], dtype=torch.long)
     return valid_BT, torch.cat([first, 1 + border.long().cumsum(1)], 1)
 

@@ -125,11 +125,9 @@ class Port:
                 raise RuntimeError(f"{self.site.name}: {k_BGTK.shape[2]} keys for {T} queries: what cache is that?")
             column = call.layer.column if call.layer is not None else 0
             valid, segments = (
-                x if x is None else x.expand(len(q_BHTK), -1)
-                for x in interface.read_mask(mask, T, column, packed=call.layer is None)
+                x if x is None else x.expand(q_BHTK.shape[0], -1)
+                for x in interface.read_mask(mask, T, column, call.layer is None, self.site.shape.causal)
             )
-            if segments is not None and not self.site.shape.causal and not torch.compiler.is_compiling():
-                segments = segments if bool((segments[:, 1:] != segments[:, :-1]).any()) else None
         return Context(
             causal=self.site.shape.causal,
             scale=self.site.shape.scale if scale is None else float(scale),
