@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 HELD_OUT = "held_out.safetensors"
 PROMPT_TOKENS = 24  # of a prompt for the side-by-side sample
-DIAGNOSED = 4  # documents whose attention maps are looked into
+DIAGNOSED = 4, 256  # documents whose attention maps are looked into, and how many tokens of each: maps are T x T
 PICTURED = 96  # tokens of an attention picture
 
 
@@ -373,7 +373,8 @@ def _written(
 
 
 def _diagnostics(surgery: Surgery, documents: list[Tensor], tokenizer: Any) -> schema.Diagnostics:
-    few = sorted(documents, key=len)[-DIAGNOSED:]
+    count, tokens = DIAGNOSED
+    few = [ids[:tokens] for ids in sorted(documents, key=len)[-count:]]
     try:
         found = diagnostics.diagnose(surgery, few)
     except InputError:  # no mixer with weights: there is nothing to compare
