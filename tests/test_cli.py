@@ -78,7 +78,7 @@ def test_exit_codes_from_outside():
         (["plan", "--unknown"], 2, "--unknown"),
         (["list", "things"], 2, "choose from: embedded, families, methods, recipes"),
         ([*["plan", *LLAMA], "--set", "model.form.model_type=lama", "--set", "model.id=null"], 3, "'lama'"),
-        (["plan", "--recipe", "encoder.yaml"], 3, "this layer is bidirectional"),
+        (["plan", "--recipe", "encoder.yaml"], 3, "set sinks: 0"),
         (["plan", "--recipe", "vision.yaml"], 3, "no decoder of text"),
         (["plan", "--recipe", "short.yaml"], 3, "--layers all"),
     ],
