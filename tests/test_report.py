@@ -134,6 +134,10 @@ def test_absolute_paths_stay_at_home(tmp_path: Path) -> None:
     assert str(tmp_path) not in schema.dumps(made.model_dump(mode="json"))
     assert made.model.id == "teacher"
     assert made.plan["data"]["source"] == ["data/x.txt", "y.txt"]
+    said = provenance.command(
+        ["linearize", "convert", f"--out={tmp_path / 'a'}", "--set", f"data.source={tmp_path / 'b'}"]
+    )
+    assert said == "linearize convert --out=a --set data.source=b"
 
 
 def test_average_over_seeds() -> None:

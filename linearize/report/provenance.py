@@ -45,7 +45,7 @@ def command(arguments: list[str] | None = None) -> str:
 
 def _shorten(word: str) -> str:
     key, equals, value = word.partition("=")
-    if equals and key.startswith("-"):
+    if equals and not os.path.isabs(key):  # --output-dir=/a/b, and data.source=/a/b
         return f"{key}={_shorten(value)}"
     if not os.path.isabs(word):
         return word
