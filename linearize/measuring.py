@@ -21,6 +21,7 @@ from linearize.stages.finetune import finetune
 from linearize.storage import write_atomic
 from linearize.surgery.attach import Surgery
 from linearize.surgery.twin import twin
+from linearize.types import InputError
 
 CURVED = 24  # documents that a curve is followed on
 
@@ -43,6 +44,11 @@ class Measure:
         writes: bool = True,
     ) -> None:  # fmt: skip
         self.plan, self.work, self.documents, self.surgery, self.teacher = plan, work, documents, surgery, teacher
+        for name, span in plan.eval.parts.items():  # now, not when everything is trained
+            if not (first := int(span.split("-")[0])) <= int(span.split("-")[1]) or first >= len(documents):
+                raise InputError(
+                    f"eval.parts.{name}: {span} is none of the {len(documents)} documents, numbered from 0"
+                )
         self.writes = writes  # one of several processes does
         self.scores: dict[str, quality.Score] = {}
         self.points: dict[int, float] = {}  # the perplexity ratio by tokens trained

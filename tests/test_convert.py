@@ -217,11 +217,15 @@ def test_a_kill_while_the_result_is_written_leaves_one_place(stories, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-def test_bad_data_leaves_no_work_folder(tmp_path):
+def test_bad_data_leaves_no_work_folder(stories, tmp_path):
     short = tmp_path / "short.txt"
     short.write_text("too little")
     with pytest.raises(InputError):
         api.convert(None, data=str(short), overrides=SMALL, output_dir=tmp_path / "out")
+    with pytest.raises(InputError, match="eval.parts.late: 90-99 is none of the 6 documents"):
+        api.convert(
+            None, data=str(stories), overrides={**SMALL, "eval.parts.late": "90-99"}, output_dir=tmp_path / "out"
+        )
     assert [p.name for p in tmp_path.iterdir()] == ["short.txt"]
 
 
