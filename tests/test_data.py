@@ -18,7 +18,7 @@ from transformers import (
 from linearize.data import selfgen as module
 from linearize.data import text
 from linearize.data.selfgen import _prompt_ids, frequent_tokens, selfgen
-from linearize.data.text import Tokens, check_length, collate, documents, first_token, read_chats, read_texts, tokenize
+from linearize.data.text import Tokens, check_length, documents, first_token, read_chats, read_texts, tokenize
 from linearize.seams.cache import GrowingLayer, growing_cache
 from linearize.testing.pico import pico
 from linearize.types import InputError, StorageError
@@ -182,7 +182,7 @@ def test_without_packing_each_sequence_is_of_one_document(tokenizer):
 def test_documents_in_one_sequence_do_not_see_each_other(tokenizer):
     model = make_model(len(tokenizer))
     data = tokenize(make_texts(40), tokenizer, 48)
-    batch = collate([data[i] for i in range(3)])
+    batch = data.collate([data[i] for i in range(3)])
     assert "attention_mask" not in batch and batch["position_ids"].eq(0).sum() > 4
     with torch.no_grad():
         together = model(batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
@@ -195,7 +195,7 @@ def test_documents_in_one_sequence_do_not_see_each_other(tokenizer):
 
 def test_collate_pads_on_the_right_and_says_so(tokenizer):
     data = tokenize(make_texts(40), tokenizer, 16, pack=False, minimum=4)
-    batch = collate([data[i] for i in range(len(data))])
+    batch = data.collate([data[i] for i in range(len(data))])
     sizes = batch["attention_mask"].sum(1)
     assert sizes.min() < sizes.max() == batch["input_ids"].shape[1]
     assert (batch["labels"][batch["attention_mask"] == 0] == -100).all()
@@ -461,7 +461,7 @@ def test_stories_models_write_stories(name):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     data = selfgen(model, tokenizer, 1500, 96, batch=16, seed=1)
-    batch = collate([data[i] for i in range(len(data))])
+    batch = data.collate([data[i] for i in range(len(data))])
     with torch.no_grad():
         loss = model(**batch, use_cache=False).loss
     assert (batch["input_ids"][:, 0] == 1).all() and 0.8 < loss < 2.0  # its own text, as likely as it finds stories

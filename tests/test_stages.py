@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import linearize
-from linearize.data.text import Tokens, collate
+from linearize.data.text import Tokens
 from linearize.plan import FinetunePlan, LoraPlan, TransferPlan
 from linearize.stages.base import Job
 from linearize.stages.finetune import Finetune, finetune, lora_targets
@@ -128,7 +128,7 @@ def test_finetune_approaches_the_teacher(mode):
 
 
 def batch_of(data: Tokens, count: int = 4) -> dict[str, torch.Tensor]:
-    return collate([data[i] for i in range(count)])
+    return data.collate([data[i] for i in range(count)])
 
 
 @pytest.mark.parametrize("losses", [{"kl": 1.0}, {"kl": 0.0, "lm": 1.0}, {"kl": 0.5, "lm": 0.3, "hidden": 0.2}])

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
+from linearize.data.examples import Examples
 from linearize.storage import write_atomic
 from linearize.types import InputError, StorageError, nearest
 
@@ -228,7 +228,7 @@ def _line(error: Exception) -> str:
 
 
 # -------------------------------------------------------------------------------------------------- sequences
-class Tokens(Dataset):
+class Tokens(Examples):
     """Sequences of token ids, map-style: item i is {"input_ids", "labels", "position_ids"}, int64 [length].
 
     position_ids restart at each document. labels are input_ids with -100 where nothing is to be learned: the first
@@ -294,6 +294,20 @@ class Tokens(Dataset):
             raise InputError(f"{self.tokens} tokens are too few to hold out {tokens}: give more text")
         return self.take(0, keep), self.take(keep)
 
+    def collate(self, items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """A batch [B, T]. Items of different length are padded on the right (with id 0, which the mask hides); items of
+        one length come without a mask, since transformers tells packed documents apart only without it."""
+        sizes = [len(item["input_ids"]) for item in items]
+        if len(set(sizes)) == 1:
+            return {name: torch.stack([item[name] for item in items]) for name in items[0]}
+        fill = {"input_ids": 0, "labels": IGNORE, "position_ids": 0}
+        batch = {
+            name: torch.nn.utils.rnn.pad_sequence([item[name] for item in items], batch_first=True, padding_value=value)
+            for name, value in fill.items()
+        }
+        batch["attention_mask"] = (torch.arange(max(sizes)) < torch.tensor(sizes)[:, None]).long()
+        return batch
+
     def check(self, config: PretrainedConfig, *, allow_longer: bool = False) -> None:
         """Raises InputError where the model of `config` cannot read these ids, or sequences of this length."""
         check_vocabulary(int(self.ids.max()), config)
@@ -331,21 +345,6 @@ class Tokens(Dataset):
 
         offsets = torch.cat([torch.zeros(1, dtype=torch.long), sizes.cumsum(0)])
         return cls(all_of("ids"), offsets, all_of("starts"), all_of("learn"), settings)
-
-
-def collate(items: Sequence[dict[str, Tensor]], pad: int = 0) -> dict[str, Tensor]:
-    """A batch [B, T]. Items of different length are padded on the right, with an `attention_mask`; items of one
-    length come without one, since transformers tells packed documents apart only without it."""
-    sizes = [len(item["input_ids"]) for item in items]
-    if len(set(sizes)) == 1:
-        return {name: torch.stack([item[name] for item in items]) for name in items[0]}
-    fill = {"input_ids": pad, "labels": IGNORE, "position_ids": 0}
-    batch = {
-        name: torch.nn.utils.rnn.pad_sequence([item[name] for item in items], batch_first=True, padding_value=value)
-        for name, value in fill.items()
-    }
-    batch["attention_mask"] = (torch.arange(max(sizes)) < torch.tensor(sizes)[:, None]).long()
-    return batch
 
 
 def tokenize(

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from linearize.types import GateError
 
 if TYPE_CHECKING:
-    from linearize.data.text import Tokens
+    from linearize.data.examples import Examples
     from linearize.surgery.attach import Surgery
 
 
 @dataclass
 class Job:
-    """model: the converted model, surgery: its handle, data: training sequences.
+    """model: the converted model, surgery: its handle, data: what is trained on.
 
     work: folder for checkpoints (None: none are written). digest: of the plan and all inputs; checkpoints of another
     digest are refused. resume: continue from the newest complete checkpoint. checkpoint_seconds, checkpoint_steps: how
@@ -31,7 +31,7 @@ class Job:
 
     model: nn.Module
     surgery: Surgery
-    data: Tokens
+    data: Examples
     seed: int = 0
     work: Path | None = None
     digest: str = ""

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
-from linearize.data.text import collate
 from linearize.plan import FinetunePlan, TransferPlan
 from linearize.stages.base import Job, not_finite
 from linearize.storage import atomic_folder
@@ -109,7 +108,7 @@ def train(job: Job, objective: Objective, plan: TransferPlan | FinetunePlan) -> 
     if plan.batch % accelerator.num_processes:
         raise InputError(f"batch {plan.batch} cannot be split over {accelerator.num_processes} processes")
     order = Order(len(job.data), job.seed, done * plan.batch, steps * plan.batch)
-    loader = DataLoader(job.data, batch_size=plan.batch, sampler=order, drop_last=True, collate_fn=collate)
+    loader = DataLoader(job.data, batch_size=plan.batch, sampler=order, drop_last=True, collate_fn=job.data.collate)
     step_module, optimizer, loader = accelerator.prepare(_Step(job.model, objective), optimizer, loader)
     started, saved = time.monotonic(), time.monotonic()
     before = report.seconds
