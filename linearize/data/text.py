@@ -7,12 +7,8 @@ apart: they never see each other.
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
-import re
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -23,20 +19,15 @@ import torch
 from torch import Tensor
 
 from linearize.data.examples import Examples
+from linearize.data.reading import column_of, first_line, read_rows
 from linearize.storage import write_atomic
-from linearize.types import InputError, StorageError, nearest
+from linearize.types import InputError, StorageError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-END_OF_TEXT = "<|endoftext|>"
 IGNORE = -100
 Chat = list[dict[str, str]]
-
-_TEXT, _JSON, _TABLE = {".txt", ".text", ".md"}, {".jsonl", ".ndjson", ".json"}, {".csv", ".tsv"}
-_KNOWN = _TEXT | _JSON | _TABLE | {".parquet"}
-_SLICE = re.compile(r"(?P<name>[^\[\]]*)\[(?P<start>\d+%?)?:(?P<stop>\d+%?)?\]")
-_HUB = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 
 
 # --------------------------------------------------------------------------------------------------- reading
@@ -52,8 +43,8 @@ def read_texts(
     or lacks the text column.
     """
     texts = []
-    for row in _rows(source, split, limit):
-        text = row if isinstance(row, str) else row[_column(row, text_column, source)]
+    for row in read_rows(source, split, limit):
+        text = row if isinstance(row, str) else row[column_of(row, text_column, source)]
         if text is not None and not isinstance(text, str):
             raise InputError(f"{source}: the text column holds {type(text).__name__}; name another: data.text_column")
         if text and not text.isspace():
@@ -72,7 +63,7 @@ def read_chats(
     instruction, input, output. Sources, `split`, `limit` as in `read_texts`. Raises InputError.
     """
     chats = []
-    for row in _rows(source, split, limit):
+    for row in read_rows(source, split, limit):
         chat = _chat(row, column) if isinstance(row, dict) else None
         if chat is None:
             has = f"columns {', '.join(row)}" if isinstance(row, dict) else "plain text"
@@ -102,129 +93,6 @@ def _chat(row: dict[str, Any], column: str | None) -> Chat | None:
             return None
         chat.append({"role": roles.get(role, role), "content": content})
     return chat
-
-
-def _column(row: dict[str, Any], wanted: str | None, source: str | Path) -> str:
-    if wanted is not None:
-        if wanted not in row:
-            raise InputError(f"{source}: no column {wanted!r}; {nearest(wanted, list(row))}")
-        return wanted
-    strings = [name for name, value in row.items() if isinstance(value, str)]
-    if "text" in row:
-        return "text"
-    if len(strings) == 1:
-        return strings[0]
-    raise InputError(f"{source}: which column is the text? Name it with data.text_column; it has {', '.join(row)}")
-
-
-def _rows(source: str | Path, split: str | None, limit: int | None) -> Iterator[str | dict[str, Any]]:
-    path = Path(source).expanduser()
-    if not path.exists():
-        name = str(source)
-        if path.suffix.lower() in _KNOWN or name[:1] in "./~" or not _HUB.fullmatch(name):
-            raise InputError(f"{source}: no such file or folder; check the path given as data.source (--dataset)")
-        return islice(_hub(name, split, limit), limit)
-    cut = _SLICE.fullmatch(split) if split else None
-    name = cut["name"] if cut else split
-    rows: Iterable[str | dict[str, Any]] = (row for file in _files(path, name or None) for row in _read(file))
-    if cut:
-        everything = list(rows)
-        edges = [_edge(cut["start"] or "0%", len(everything)), _edge(cut["stop"] or "100%", len(everything))]
-        rows = everything[edges[0] : edges[1]]
-    return islice(iter(rows), limit)
-
-
-def _edge(text: str, size: int) -> int:
-    return size * int(text[:-1]) // 100 if text.endswith("%") else int(text)
-
-
-def _files(path: Path, split: str | None) -> list[Path]:
-    if path.is_file():
-        if path.suffix.lower() not in _KNOWN:
-            raise InputError(f"{path}: unknown kind of file; use one of {', '.join(sorted(_KNOWN))}")
-        if split not in (None, "train", "all"):
-            raise InputError(f"{path}: one file has no split {split!r}; cut documents out with '[100:200]' or leave it")
-        return [path]
-    files = sorted(f for f in path.rglob("*") if f.is_file() and f.suffix.lower() in _KNOWN and f.name[0] != ".")
-    if not files:
-        raise InputError(f"{path}: no file with a suffix of {', '.join(sorted(_KNOWN))} in this folder")
-    if split is None:
-        return files
-    chosen = [f for f in files if split in re.split(r"[\W_]+", f.stem) or split in f.relative_to(path).parts]
-    if not chosen:
-        raise InputError(f"{path}: no file of split {split!r}; it has {', '.join(f.name for f in files[:5])}")
-    return chosen
-
-
-def _read(path: Path) -> Iterator[str | dict[str, Any]]:
-    kind = path.suffix.lower()
-    if kind == ".parquet":
-        yield from _parquet(path)
-        return
-    try:
-        text = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 at byte {error.start}; convert it with `iconv -t UTF-8`") from None
-    except OSError as error:
-        raise StorageError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
-    if kind in _TEXT:
-        yield from (piece.strip() for piece in text.split(END_OF_TEXT)) if END_OF_TEXT in text else [text]
-    elif kind in _TABLE:
-        csv.field_size_limit(sys.maxsize)
-        yield from csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if kind == ".tsv" else ",")
-    elif kind == ".json" and text.lstrip()[:1] == "[":
-        yield from (_object(item, path, 1) for item in _json(text, path, 1))
-    else:
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                yield _object(_json(line, path, number), path, number)
-
-
-def _json(text: str, path: Path, line: int) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise InputError(f"{path}, line {line}: not JSON ({error}); one object per line is expected") from None
-
-
-def _object(value: Any, path: Path, line: int) -> str | dict[str, Any]:
-    if not isinstance(value, str | dict):
-        raise InputError(f"{path}, line {line}: expected an object or a string, found {type(value).__name__}")
-    return value
-
-
-def _parquet(path: Path) -> Iterator[dict[str, Any]]:
-    import pyarrow as arrow
-    from pyarrow import parquet
-
-    try:
-        with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches():
-                yield from batch.to_pylist()
-    except (arrow.ArrowException, OSError) as error:
-        raise InputError(f"{path}: not a readable parquet file ({_line(error)}); download it again") from None
-
-
-def _hub(name: str, split: str | None, limit: int | None) -> Iterator[Any]:
-    import datasets
-
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
-    repository, _, config = name.partition(":")
-    try:
-        # Streaming spares a limited read the download of everything.
-        stream = limit is not None and "[" not in (split or "")
-        rows = datasets.load_dataset(repository, config or None, split=split or "train", streaming=stream)
-        yield from rows
-    except Exception as error:
-        reason = f"{type(error).__name__}: {_line(error)}"
-        raise InputError(
-            f"dataset {name!r} could not be loaded ({reason}); give a file, a folder, or a hub id that can be reached"
-        ) from error
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or ["no reason given"])[0][:200]
 
 
 # -------------------------------------------------------------------------------------------------- sequences
@@ -331,7 +199,7 @@ class Tokens(Examples):
                 settings = json.loads(file.metadata()["settings"])
                 parts = {name: file.get_tensor(name) for name in ("ids", "offsets", "starts", "learn")}
         except (SafetensorError, OSError, KeyError, TypeError) as error:
-            raise StorageError(f"{path}: not a readable file of tokens ({_line(error)}); delete it") from None
+            raise StorageError(f"{path}: not a readable file of tokens ({first_line(error)}); delete it") from None
         return cls(**parts, settings=settings)
 
     @classmethod
