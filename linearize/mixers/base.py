@@ -79,6 +79,11 @@ class Mixer(nn.Module, ABC):
         """Whether this mixer, as configured, takes q and k apart from their rotary embedding."""
         return "rotary" in self.needs
 
+    @property
+    def needs_grid(self) -> bool:
+        """Whether this mixer, as configured, must know the rows and columns that its tokens stand on."""
+        return "grid" in self.needs
+
     def _apply(self, fn, recurse=True):
         # `.to(bfloat16)` and `.half()` must not round the mixer: its parameters and states stay float32.
         def keep_precision(t: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import nn
 
 from linearize.mixers import base as mixers
 from linearize.mixers.base import Mixer, MixerConfig
-from linearize.seams import hf, hooks, interface
+from linearize.seams import grid, hf, hooks, interface
 from linearize.surgery.port import CHILD, PORT, Port, Watcher, made_subclass
 from linearize.surgery.probe import probe as check
 from linearize.surgery.probe import small_forward
@@ -148,6 +148,8 @@ class Surgery:
                 delattr(module, CHILD)
                 del module.__dict__[PORT]
         self._modules = {}
+        ports = [m.__dict__[PORT] for m in self.model.modules() if PORT in m.__dict__]
+        grid.forget(self.model, [port.grid for port in ports if port.grid is not None])
 
 
 def attach(
@@ -180,7 +182,7 @@ def attach(
         for site in chosen:
             module = model.get_submodule(site.name)
             with hooks.reclassing(site.name, module):
-                _operate(module, site, method, settings)
+                _operate(model, module, site, method, settings)
             surgery._modules[site.name] = module
         if probe is not False:
             check(model, surgery._ports(), probe if callable(probe) else small_forward)
@@ -192,9 +194,15 @@ def attach(
     return surgery
 
 
-def _operate(module: nn.Module, site: Site, method: str | type[Mixer], settings: MixerConfig) -> None:
+def _operate(model: nn.Module, module: nn.Module, site: Site, method: str | type[Mixer], settings: MixerConfig) -> None:
     cls = type(module)
     mixer = mixers.build(method, site.shape, settings).to(hooks.device(module))
+    patches = grid.watch(model, site.name) if site.shape.image else None
+    if mixer.needs_grid and patches is None:
+        why = "has no patch convolution around it" if site.shape.image else "reads no image"
+        raise Unsupported(
+            f"{site.name} {why}, and {mixers.name_of(mixers.get(method))!r} needs the grid that its tokens stand on"
+        )
     mixer.warm_start(module)
     mixer.train(module.training)
     own = getattr(module, "config", None)
@@ -204,6 +212,7 @@ def _operate(module: nn.Module, site: Site, method: str | type[Mixer], settings:
         parameters=tuple(p for p in inspect.signature(cls.forward).parameters if p != "self"),
         teacher=hf.get_implementation(own) if site.seam == "interface" else "sdpa",
         config=own,
+        grid=patches,
     )
     if site.seam == "interface":
         if port.teacher not in ("sdpa", "eager"):  # flash hands on no documents, flex no mask that can be read

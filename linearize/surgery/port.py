@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from linearize.mixers.base import Mixer
 from linearize.seams import hf, interface, sdpa
 from linearize.seams.cache import StateLayer, state_layer
+from linearize.seams.grid import Grid, Layout
 from linearize.types import Context, InputError, Rotary, Site, Unsupported
 
 #: the child module that holds a mixer; families own names like `linear_attn` themselves
@@ -54,6 +55,8 @@ class Port:
     config: Any  # the module's own config object, to put back
     mode: str = "student"
     watcher: Watcher | None = None
+    grid: Grid | None = None  # of the tower around it, where its tokens are patches
+    prefix: int | None = None  # tokens before the patches, as the probe found them
     rotates: bool = True
     rotary_channels: int | None = None  # how many channels of a head the family rotates (None: as many as cos has)
     call: Call | None = None
@@ -119,6 +122,7 @@ class Port:
     def _context(self, q_BHTK, k_BGTK, mask, scale, mixer: Mixer, teacher) -> Context:
         call, T = self.call, q_BHTK.shape[2]
         assert call is not None
+        layout = self.layout(T, mixer)
         valid = segments = None
         if "mask" not in mixer.needs:
             if k_BGTK.shape[2] != T:
@@ -137,9 +141,24 @@ class Port:
             rotary=self._rotary() if mixer.needs_rotary and self.rotates else None,
             hidden_BTD=call.hidden if "hidden" in mixer.needs else None,
             mask=mask if "mask" in mixer.needs else None,
+            grid=layout.grid if layout else None,
+            prefix=layout.prefix if layout else 0,
+            suffix=layout.suffix if layout else 0,
             slot=call.layer.slot if call.layer is not None else None,
             teacher=teacher,
         )
+
+    def layout(self, tokens: int, mixer: Mixer) -> Layout | None:
+        """Where this call's tokens stand. None where there is no grid or they are no whole one; InputError where the
+        mixer needs it."""
+        if self.grid is None or (self.grid.moved is not None and not mixer.needs_grid):
+            return None
+        try:
+            return self.grid.read(tokens, self.site.name, self.prefix)
+        except InputError:
+            if mixer.needs_grid:
+                raise
+            return None
 
     def _rotary(self) -> Rotary | None:
         assert self.call is not None

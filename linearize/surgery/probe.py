@@ -25,7 +25,11 @@ def small_forward(model: nn.Module) -> Any:
         size = config.image_size
         rows, columns = size if isinstance(size, (list, tuple)) else (size, size)
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
-        return model(pixel_values=torch.zeros(1, config.num_channels, rows, columns, dtype=dtype, device=device))
+        image = torch.zeros(1, config.num_channels, rows, columns, dtype=dtype, device=device)
+        if "noise" not in inspect.signature(model.forward).parameters:
+            return model(pixel_values=image)
+        patches = (rows // config.patch_size) * (columns // config.patch_size)
+        return model(pixel_values=image, noise=torch.arange(patches, device=device)[None])  # the patches in order
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     if not hasattr(text, "vocab_size"):
         raise InputError("attach cannot make inputs for this model: pass probe=lambda model: model(...)")
@@ -59,6 +63,7 @@ def probe(model: nn.Module, ports: Sequence[Port], run: Callable[[nn.Module], An
         for port in ports:
             _check_shapes(port)
             _check_scores(port)
+            _check_grid(port, model.get_submodule(f"{port.site.name}.{CHILD}"))
             if port.wants_plain:
                 _check_rotary(port)
     finally:
@@ -93,6 +98,15 @@ def _check_scores(port: Port) -> None:
             f"{port.site.name}: the model adds a bias of its own to the attention scores, which no mixer keeps and "
             "linearize does not know"
         )
+
+
+def _check_grid(port: Port, mixer: Any) -> None:
+    """Are the tokens the patches of the image, in order? From here on, as many others must come before them."""
+    try:
+        layout = port.layout(port.seen[0].q.shape[2], mixer)
+    except InputError as error:
+        raise Unsupported(str(error)) from None
+    port.prefix = layout.prefix if layout else None
 
 
 def _check_rotary(port: Port) -> None:
