@@ -26,7 +26,7 @@ class SiteShape:
     """Sizes of one attention layer, read from its configuration (no forward pass).
 
     `window` is the teacher's own sliding window or chunk (None: it sees everything). image: the tokens are patches of
-    an image, so that their order along T is no distance.
+    an image, so that their order along T is no distance. joint: text and an image in one sequence.
     """
 
     heads: int
@@ -38,6 +38,7 @@ class SiteShape:
     causal: bool = True
     window: int | None = None
     image: bool = False
+    joint: bool = False
 
     @property
     def group(self) -> int:
@@ -57,7 +58,8 @@ class Site:
     name: dotted path of the attention module in the model. layer: its index in the cache (None: uncached).
     seam: how it is reached, "interface" or "sdpa". drops: what softmax did there that a mixer cannot keep, in words.
     cache_dims: per-token elements of the teacher's real cache where that is smaller than K and V (MLA), else None.
-    heads: the key/value groups to convert (None: all; a subset is a head-level hybrid).
+    heads: the key/value groups to convert (None: all; a subset is a head-level hybrid). owner: the diffusion
+    transformer around it, which knows the grid (None: another kind of model).
     """
 
     name: str
@@ -67,6 +69,7 @@ class Site:
     drops: tuple[str, ...] = ()
     cache_dims: int | None = None
     heads: tuple[int, ...] | None = None
+    owner: str | None = None
 
     def kv_bytes(self, tokens: int, itemsize: int = 2) -> int:
         """Bytes the teacher's cache needs at this site for one sequence of `tokens`."""

@@ -207,7 +207,7 @@ def configure(name: str | type[Mixer], settings: MixerConfig | dict[str, Any] | 
 def build(name: str | type[Mixer], shape: SiteShape, settings: MixerConfig | dict[str, Any] | None = None) -> Mixer:
     """A new mixer for a layer of `shape`, in float32. Raises Unsupported when the method does not fit the layer."""
     cls = get(name)
-    kind = "causal" if shape.causal else "bidirectional"
+    kind = "causal" if shape.causal else "joint" if shape.joint else "bidirectional"
     if kind not in cls.kinds:
         raise Unsupported(f"method {name!r} replaces {' or '.join(sorted(cls.kinds))} attention; this layer is {kind}")
     return cls(shape, configure(name, settings))

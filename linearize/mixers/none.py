@@ -13,7 +13,7 @@ class NoMixing(RecurrentMixer):
     """o_t = v_t. 2510.05901 shows published hybrids whose linear branch is no better than this."""
 
     paper = "https://arxiv.org/abs/2510.05901"
-    kinds = frozenset({"causal", "bidirectional"})
+    kinds = frozenset({"causal", "bidirectional", "joint"})
 
     def chunked(
         self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTV: Tensor, ctx: Context, state: State

@@ -75,10 +75,12 @@ def watch(model: nn.Module, name: str) -> Grid | None:
 def forget(model: nn.Module, used: Collection[Grid]) -> None:
     """Take every hook out of `model` but those of the grids still `used`."""
     for module in model.modules():
-        for key, hook in list(module._forward_hooks.items()):
-            grid = getattr(hook, "__self__", hook)
-            if isinstance(grid, Grid) and not any(grid is g for g in used):
-                del module._forward_hooks[key]
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key, hook in list(hooks.items()):
+                grid = getattr(hook, "__self__", hook)
+                if isinstance(grid, Grid) and not any(grid is g for g in used):
+                    del hooks[key]
+                    module._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
 def _hooked(tower: nn.Module, convolution: nn.Module) -> Grid:

@@ -17,7 +17,7 @@ from torch import nn
 
 from linearize.mixers import base as mixers
 from linearize.mixers.base import Mixer, MixerConfig
-from linearize.seams import grid, hf, hooks, interface
+from linearize.seams import dit, grid, hf, hooks, interface
 from linearize.surgery.port import CHILD, PORT, Port, Watcher, made_subclass
 from linearize.surgery.probe import probe as check
 from linearize.surgery.probe import small_forward
@@ -197,7 +197,11 @@ def attach(
 def _operate(model: nn.Module, module: nn.Module, site: Site, method: str | type[Mixer], settings: MixerConfig) -> None:
     cls = type(module)
     mixer = mixers.build(method, site.shape, settings).to(hooks.device(module))
-    patches = grid.watch(model, site.name) if site.shape.image else None
+    patches: grid.Grid | None = None
+    if site.owner is not None:
+        patches = dit.watch(model.get_submodule(site.owner))
+    elif site.shape.image:
+        patches = grid.watch(model, site.name)
     if mixer.needs_grid and patches is None:
         why = "has no patch convolution around it" if site.shape.image else "reads no image"
         raise Unsupported(

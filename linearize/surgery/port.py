@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from linearize.mixers.base import Mixer
-from linearize.seams import hf, interface, sdpa
+from linearize.seams import dit, hf, interface, sdpa
 from linearize.seams.cache import StateLayer, state_layer
 from linearize.seams.grid import Grid, Layout
 from linearize.types import Context, InputError, Rotary, Site, Unsupported
@@ -65,18 +65,22 @@ class Port:
     seen: list[Seen] = field(default_factory=list)
     plain: list[Any] = field(default_factory=list)  # probe: q and k as they are without rotation
     wants_plain: bool = False
+    answered: bool = False  # in this forward of a diffusion model's attention
 
     # ------------------------------------------------------------------------------------- around forward
     def enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Record the call's context."""
-        self.entered += 1
+        if not torch.compiler.is_compiling():
+            self.entered += 1
         named = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
-        cross = any(named.get(n) is not None for n in ("key_value_states", "encoder_hidden_states"))
-        if cross:
+        self.answered = False
+        hidden = args[0] if args else named.get("hidden_states")
+        keys = [named.get(n) for n in ("key_value_states", "encoder_hidden_states")]
+        if not self.site.shape.joint and any(k is not None and k is not hidden for k in keys):
             raise Unsupported(f"{self.site.name} was called as cross-attention (with keys of its own): leave it")
         cache = next((a for a in (*kwargs.values(), *args) if isinstance(a, hf.Cache | hf.EncoderDecoderCache)), None)
         self.call = Call(
-            hidden=args[0] if args else named.get("hidden_states"),
+            hidden=hidden,
             position_embeddings=named.get("position_embeddings"),
             positions=named.get("position_ids"),
             layer=self._layer(module, cache),
@@ -102,16 +106,23 @@ class Port:
         def teacher() -> Tensor:
             return self._softmax(module, q_BHTK, k_BGTK, v_BGTV, mask, kwargs)
 
+        if self.site.owner is not None:
+            if self.answered or k_BGTK.shape[2] != q_BHTK.shape[2]:  # an IP-Adapter's call beside: not ours
+                return teacher()
+            self.answered = True
         if self.mode == "plain":
             self.plain = [q_BHTK, k_BGTK]
             return teacher()
-        self.fired += 1
+        if not torch.compiler.is_compiling():
+            self.fired += 1
         if self.mode == "probe":
             self.seen.append(Seen(q_BHTK, k_BGTK, v_BGTV, self._rotary(), mask, kwargs))
             return teacher()
         if self.mode == "teacher":
             return teacher()
         mixer = getattr(module, CHILD)
+        if self.site.shape.joint and isinstance(self.grid, dit.Tokens) and self.grid.starts is not None:
+            return self._ragged(mixer, q_BHTK, k_BGTK, v_BGTV, mask, kwargs.get("scale"), teacher)
         ctx = self._context(q_BHTK, k_BGTK, mask, kwargs.get("scaling", kwargs.get("scale")), mixer, teacher)
         if self.watcher is None:
             return mixer(q_BHTK, k_BGTK, v_BGTV, ctx)
@@ -124,7 +135,10 @@ class Port:
         assert call is not None
         layout = self.layout(T, mixer)
         valid = segments = None
-        if "mask" not in mixer.needs:
+        if isinstance(self.grid, dit.Tokens):
+            if "mask" not in mixer.needs:
+                valid = dit.read_mask(self.site.name, mask, q_BHTK.shape[0], T)
+        elif "mask" not in mixer.needs:
             if k_BGTK.shape[2] != T:
                 raise RuntimeError(f"{self.site.name}: {k_BGTK.shape[2]} keys for {T} queries: what cache is that?")
             column = call.layer.column if call.layer is not None else 0
@@ -159,6 +173,27 @@ class Port:
             if mixer.needs_grid:
                 raise
             return None
+
+    def _ragged(self, mixer: Mixer, q_BHTK, k_BGTK, v_BGTV, mask, scale, teacher) -> Tensor:
+        """Captions of several lengths: each row's image first, what is no image behind it, and back."""
+        assert isinstance(self.grid, dit.Tokens)
+        ctx = self._context(q_BHTK, k_BGTK, mask, scale, mixer, teacher)
+        if "mask" in mixer.needs and self.watcher is None:
+            return mixer(q_BHTK, k_BGTK, v_BGTV, ctx)
+        order_BT = self.grid.order(q_BHTK.shape[2], q_BHTK.device)
+        back_BT = order_BT.argsort(dim=1)
+
+        def moved(x_BHTK: Tensor, to_BT: Tensor) -> Tensor:
+            return x_BHTK.gather(2, to_BT[:, None, :, None].expand_as(x_BHTK))
+
+        valid_BT = None if ctx.valid_BT is None else ctx.valid_BT.gather(1, order_BT)
+        image_first = replace(ctx, valid_BT=valid_BT, prefix=0, suffix=ctx.prefix + ctx.suffix)
+        q, k, v = (moved(x, order_BT) for x in (q_BHTK, k_BGTK, v_BGTV))
+        if self.watcher is None:
+            return moved(mixer(q, k, v, image_first), back_BT)
+        out = teacher()
+        self.watcher(self.site, mixer, q, k, v, image_first, moved(out, order_BT))
+        return out
 
     def _rotary(self) -> Rotary | None:
         assert self.call is not None
@@ -202,9 +237,23 @@ def made_subclass(cls: type[nn.Module], seam: str) -> type[nn.Module]:
                         port.mode = "plain"
                         run(self, port, args, {**kwargs, "position_embeddings": unrotated})
                         port.mode = "probe"
-                    return run(self, port, args, kwargs)
+                    out = run(self, port, args, kwargs)
+                    if port.site.owner is not None and not port.answered:
+                        raise Unsupported(
+                            f"{port.site.name}: its attention did not come by F.scaled_dot_product_attention with keys "
+                            "for its own tokens alone: set_attention_backend('native'), and no cached reference keys"
+                        )
+                    return out
                 finally:
                     port.call = None
+
+            if hasattr(cls, "fuse_projections"):
+
+                def fuse_projections(self, *args: Any, **kwargs: Any) -> None:
+                    raise Unsupported(
+                        "fuse_qkv_projections is refused on a converted model: it drops an active LoRA silently, and "
+                        "in some families swaps processors. Remove the conversion first, or leave them apart"
+                    )
 
         Linearized.__name__ = f"Linearized{cls.__name__}"
         Linearized.__qualname__ = Linearized.__name__

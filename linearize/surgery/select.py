@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from linearize.mixers import base as mixers
-from linearize.seams import hf, interface, sdpa
+from linearize.seams import dit, hf, interface, sdpa
 from linearize.types import InputError, Site, SiteShape, Unsupported
 
 log = logging.getLogger("linearize")
@@ -31,8 +31,8 @@ def find(model: nn.Module) -> list[Site]:
     SDPA), never by lists of names. Raises Unsupported, naming the module, where there is none or softmax is written by
     hand.
     """
-    sites, by_hand = [], []
-    for name, module in model.named_modules():
+    sites, by_hand = _of_diffusion(model), []
+    for name, module in [] if sites else model.named_modules():
         cls = original_class(module)
         if interface.reaches(cls):
             seam = "interface"
@@ -56,6 +56,23 @@ def find(model: nn.Module) -> list[Site]:
     expected = getattr(getattr(model, "config", None), "num_hidden_layers", None)
     if expected is not None and expected != len(sites):
         log.info("%d attention sites in a model of %d layers", len(sites), expected)
+    return sites
+
+
+def _of_diffusion(model: nn.Module) -> list[Site]:
+    """The sites of a diffusion model. Raises Unsupported where its attention is linear already or out of reach."""
+    sites = []
+    for name, module, owner in dit.attentions(model):
+        row = dit.family(model.get_submodule(owner))
+        assert row is not None
+        if row.linear:
+            raise Unsupported(f"{row.linear}: there is no softmax over its tokens to replace")
+        if reason := dit.refusal(name, module):
+            raise Unsupported(reason)
+        if dit.left_alone(row, name, module) is None:
+            sites.append(Site(name, None, dit.shape(row, name, module), "sdpa", owner=owner))
+    if not sites and (unknown := dit.unknown(model)):
+        raise Unsupported(f"{unknown} has no self-attention that linearize knows: see FAMILIES in seams/dit.py")
     return sites
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -93,6 +94,160 @@ IMAGE_ENCODERS: dict[str, dict[str, Any]] = {
     "data2vec-vision": {"use_shared_relative_position_bias": True},
 }
 
+_ROPE = {"attention_head_dim": 16, "axes_dims_rope": (4, 6, 6)}
+_PACKED = {"patch_size": 1, "in_channels": 4, "num_layers": 1, "num_single_layers": 1, **_ROPE}
+_LATENT = {"in_channels": 4, "patch_size": 2, "sample_size": 8, "num_layers": 2, "attention_head_dim": 16}
+#: diffusion models: class in diffusers, and its configuration. The inputs of a forward are made in seams/dit_inputs.py.
+DIFFUSION: dict[str, tuple[str, dict[str, Any]]] = {
+    "dit": ("DiTTransformer2DModel", {**_LATENT, "num_embeds_ada_norm": 10, "norm_num_groups": 1}),
+    "pixart": (
+        "PixArtTransformer2DModel",
+        {**_LATENT, "caption_channels": 12, "cross_attention_dim": 32, "norm_num_groups": 1},
+    ),
+    "sd3": (
+        "SD3Transformer2DModel",
+        {
+            **_LATENT,
+            "joint_attention_dim": 12,
+            "caption_projection_dim": 32,
+            "pooled_projection_dim": 8,
+            "out_channels": 4,
+            "pos_embed_max_size": 16,
+            "dual_attention_layers": (0,),
+            "qk_norm": "rms_norm",
+        },
+    ),
+    "flux": (
+        "FluxTransformer2DModel",
+        {**_PACKED, "joint_attention_dim": 12, "pooled_projection_dim": 8, "guidance_embeds": True},
+    ),
+    "flux2": (
+        "Flux2Transformer2DModel",
+        {
+            **_PACKED,
+            "joint_attention_dim": 12,
+            "timestep_guidance_channels": 8,
+            "axes_dims_rope": (4, 4, 4, 4),
+        },
+    ),
+    "chroma": (
+        "ChromaTransformer2DModel",
+        {
+            **_PACKED,
+            "joint_attention_dim": 12,
+            "approximator_num_channels": 8,
+            "approximator_hidden_dim": 16,
+            "approximator_layers": 1,
+        },
+    ),
+    "auraflow": (
+        "AuraFlowTransformer2DModel",
+        {
+            **{k: v for k, v in _LATENT.items() if k != "num_layers"},
+            "num_mmdit_layers": 1,
+            "num_single_dit_layers": 1,
+            "joint_attention_dim": 12,
+            "caption_projection_dim": 32,
+            "pos_embed_max_size": 64,
+        },
+    ),
+    "qwenimage": (
+        "QwenImageTransformer2DModel",
+        {"patch_size": 2, "in_channels": 16, "out_channels": 4, "num_layers": 2, "joint_attention_dim": 12, **_ROPE},
+    ),
+    "cogvideox": (
+        "CogVideoXTransformer3DModel",
+        {
+            "in_channels": 4,
+            "out_channels": 4,
+            "time_embed_dim": 8,
+            "text_embed_dim": 12,
+            "num_layers": 2,
+            "attention_head_dim": 16,
+            "sample_width": 8,
+            "sample_height": 8,
+            "sample_frames": 5,
+            "max_text_seq_length": 5,
+        },
+    ),
+    "wan": (
+        "WanTransformer3DModel",
+        {
+            "attention_head_dim": 16,
+            "in_channels": 4,
+            "out_channels": 4,
+            "text_dim": 12,
+            "freq_dim": 16,
+            "ffn_dim": 48,
+            "num_layers": 2,
+        },
+    ),
+    "ltx": (
+        "LTXVideoTransformer3DModel",
+        {
+            "in_channels": 4,
+            "out_channels": 4,
+            "attention_head_dim": 16,
+            "cross_attention_dim": 32,
+            "num_layers": 2,
+            "caption_channels": 12,
+        },
+    ),
+    "lumina2": (
+        "Lumina2Transformer2DModel",
+        {
+            "sample_size": 8,
+            "in_channels": 4,
+            "hidden_size": 32,
+            "num_layers": 2,
+            "num_refiner_layers": 1,
+            "num_kv_heads": 1,
+            "multiple_of": 16,
+            "axes_dim_rope": (4, 6, 6),
+            "axes_lens": (40, 16, 16),
+            "cap_feat_dim": 12,
+        },
+    ),
+    "hunyuandit": (
+        "HunyuanDiT2DModel",
+        {
+            **_LATENT,
+            "hidden_size": 32,
+            "cross_attention_dim": 16,
+            "cross_attention_dim_t5": 16,
+            "pooled_projection_dim": 8,
+            "text_len": 3,
+            "text_len_t5": 4,
+        },
+    ),
+    "zimage": (
+        "ZImageTransformer2DModel",
+        {
+            "in_channels": 4,
+            "dim": 32,
+            "n_layers": 2,
+            "n_refiner_layers": 1,
+            "n_heads": 2,
+            "n_kv_heads": 2,
+            "cap_feat_dim": 12,
+            "axes_dims": [4, 6, 6],
+            "axes_lens": [128, 16, 16],
+        },
+    ),
+    "unet": (
+        "UNet2DConditionModel",
+        {
+            "sample_size": 8,
+            "block_out_channels": (16, 32),
+            "layers_per_block": 1,
+            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+            "cross_attention_dim": 12,
+            "norm_num_groups": 4,
+            "attention_head_dim": 2,
+        },
+    ),
+}
 _COMMON: dict[str, Any] = {
     "vocab_size": 97,
     "hidden_size": 32,
@@ -156,6 +311,28 @@ def pico(family: str, seed: int = 0, sharpen: float = 6.0, **overrides: Any) -> 
                 parameter.mul_(sharpen / 2)
             elif "relative_position_bias" in name:  # starts at zero, where nobody would miss it
                 parameter.normal_(generator=torch.Generator().manual_seed(seed))
+    return model
+
+
+def pico_diffusion(family: str, seed: int = 0, sharpen: float = 6.0, **overrides: Any) -> torch.nn.Module:
+    """A random diffusion model of `family` in eval mode, float32: 2 heads of 16 (8 in the UNet), sharp as `pico`'s.
+
+    Zero-started outputs and gates are given weights, so that what attention computes is seen at the end.
+    """
+    import diffusers
+
+    name, settings = DIFFUSION[family]
+    heads = {} if {"n_heads", "block_out_channels"} & set(settings) else {"num_attention_heads": 2}
+    torch.manual_seed(seed)
+    model = getattr(diffusers, name)(**{**heads, **settings, **overrides}).eval()
+    noise = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1 and parameter.std() < 1e-6:
+                parameter.normal_(std=0.2, generator=noise)
+        for part, parameter in model.named_parameters():
+            if parameter.ndim == 2 and re.search(r"to_q|to_k|add_[qk]_proj|to_qkv", part):
+                parameter.mul_(sharpen)
     return model
 
 
