@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from linearize.ops import bidirectional as bidirectional_op
+from linearize.ops import gated_linear as gated_op
 from linearize.ops import linear as linear_op
 from linearize.ops import window as window_op
 from linearize.ops._dispatch import Implementation, choose
 from linearize.ops.bidirectional import bidirectional
+from linearize.ops.gated_linear import gated_bidirectional, gated_linear, gated_weights
 from linearize.ops.linear import linear
 from linearize.ops.window import window
 from linearize.testing.laws import implementations_agree
@@ -134,6 +137,185 @@ def test_bidirectional_far_sums_survive_large_near_ones(impl):
     k[:, :, 3:6] *= 1e8
     found = bidirectional(q, k, _normal(1, 1, 8, 3).float(), gap=2, impl=impl).normaliser
     assert found[0, 0, 4].item() == 10.0  # columns 0, 1, 2, 6 and 7, two features of one each
+
+
+# ----------------------------------------------------------------------------------------------------- gated linear
+#: shapes of log gates (J key heads, T tokens): per feature and token, per head, constant, for everybody
+GATES = {
+    "feature": lambda J, T: (2, J, T, 5),
+    "head": lambda J, T: (2, J, T, 1),
+    "constant": lambda J, T: (J, 1, 5),
+    "scalar": lambda J, T: (J, 1, 1),
+    "everybody": lambda J, T: (1, 1, T, 5),
+}
+
+
+def _gated(H, J, G, tokens, gate="feature"):
+    """q, k, v and log gates from none to strong."""
+    return [
+        _normal(2, H, tokens, 5).exp(),
+        _normal(2, J, tokens, 5, seed=1).exp(),
+        _normal(2, G, tokens, 3, seed=2),
+        -_normal(*GATES[gate](J, tokens), seed=4).exp(),
+    ]
+
+
+@pytest.mark.parametrize("tokens", LENGTHS)
+@pytest.mark.parametrize("packed", [False, True], ids=["one", "packed"])
+@pytest.mark.parametrize("carried", [False, True], ids=["fresh", "state"])
+@pytest.mark.parametrize(
+    "heads, gate", [((4, 4, 4), "feature"), ((4, 2, 1), "feature"), ((4, 4, 2), "head"), ((4, 2, 2), "head")], ids=str
+)
+@pytest.mark.parametrize("impl", _names(gated_op))
+def test_gated_linear_equals_reference(impl, heads, gate, carried, packed, tokens):
+    """Output, normaliser, final state and every gradient; H query, J key and G value heads."""
+    tensors = _gated(*heads, tokens, gate)
+    if carried:
+        tensors.append(_normal(2, heads[1], 5, 4, seed=3))
+    segments = _documents(tokens) if packed else None
+
+    def run(name):
+        return lambda q, k, v, g, state=None: gated_linear(q, k, v, g, state=state, segments_BT=segments, impl=name)
+
+    implementations_agree(run(impl), run("reference"), tensors)
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("chunk", [1, 2, 3, 4, 5, 6, 7, 64, 1000])
+def test_gated_linear_does_not_depend_on_its_chunk(chunk, gate):
+    implementations_agree(
+        lambda *x: gated_linear(*x, chunk=chunk, impl="torch"),
+        lambda *x: gated_linear(*x, impl="reference"),
+        _gated(4, 2, 2, 70, gate),
+    )
+
+
+@pytest.mark.parametrize("tokens", [1, 63, 64, 200])
+@pytest.mark.parametrize("heads, gate", [((4, 4, 2), "feature"), ((4, 2, 1), "head"), ((4, 2, 2), "constant")], ids=str)
+def test_gated_linear_without_a_loop(heads, gate, tokens, monkeypatch):
+    """The form that torch.export traces."""
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    tensors = [*_gated(*heads, tokens, gate), _normal(2, heads[1], 5, 4, seed=3)]
+    for segments in (None, _documents(tokens)):
+
+        def run(q, k, v, g, state, impl, segments=segments):
+            return gated_linear(q, k, v, g, state=state, segments_BT=segments, impl=impl)
+
+        implementations_agree(lambda *x, run=run: run(*x, "torch"), lambda *x, run=run: run(*x, "reference"), tensors)
+
+
+@pytest.mark.parametrize("gate", ["feature", "head", "constant"])
+def test_gated_linear_reference_gradcheck(gate):
+    tensors = [_normal(1, 2, 6, 5), _normal(1, 2, 6, 5, seed=1), _normal(1, 1, 6, 2, seed=2)]
+    tensors += [-_normal(*GATES[gate](2, 6), seed=4)[:1].exp(), _normal(1, 2, 5, 3)]
+    for documents in (None, torch.tensor([[0, 0, 1, 1, 1, 2]])):
+        assert torch.autograd.gradcheck(
+            lambda q, k, v, g, s, documents=documents: tuple(
+                gated_linear(q, k, v, g, state=s, segments_BT=documents, impl="reference")
+            ),
+            [t.requires_grad_() for t in tensors],
+        )
+
+
+@pytest.mark.parametrize("impl", [i.name for i in gated_op.IMPLEMENTATIONS])
+def test_gated_linear_is_its_recurrence(impl):
+    q, k, v, g = _gated(2, 2, 2, 20)
+    state, outs = torch.zeros(2, 2, 5, 4, dtype=torch.float64), []
+    for t in range(20):
+        state = g[:, :, t, :, None].exp() * state + k[:, :, t, :, None] * F.pad(v, (0, 1), value=1)[:, :, t, None]
+        outs.append((q[:, :, t, None] @ state)[:, :, 0])
+    found = gated_linear(q, k, v, g, impl=impl)
+    close(torch.cat([found.numerator, found.normaliser[..., None]], -1), torch.stack(outs, 2))
+    close(found.state, state)
+
+
+@pytest.mark.parametrize("per_head", [False, True], ids=["feature", "head"])
+def test_gated_linear_with_open_gates_is_linear(per_head):
+    q, k, v, g = _gated(4, 4, 2, 130, "head" if per_head else "feature")
+    implementations_agree(lambda q, k, v: gated_linear(q, k, v, 0 * g), lambda q, k, v: linear(q, k, v), [q, k, v])
+
+
+@pytest.mark.parametrize("per_head", [False, True], ids=["feature", "head"])
+def test_strong_gates_over_ten_thousand_tokens(per_head):
+    """exp(-5) per token in every second feature (float32 ends at exp(-88)), next to gates that hardly close: output,
+    state and gradients of every feature keep digits of float32, whatever the others do."""
+    tokens = 10_000
+    q, k, v = (_normal(1, 1, tokens, 4, seed=s).exp() for s in range(3))
+    g = torch.tensor([-5.0, -1e-4, -5.0, -1.0], dtype=torch.float64).expand(1, 1, tokens, 4)
+    g = g[..., :1] if per_head else g
+
+    def run(dtype):
+        tensors = [x.to(dtype).detach().requires_grad_() for x in (q, k, v, g)]
+        out = gated_linear(*tensors)
+        value = out.numerator / out.normaliser[..., None]
+        return [value, out.state, *torch.autograd.grad(out.numerator.sum() / tokens, tensors)]
+
+    for found, exact in zip(run(torch.float32), run(torch.float64)):
+        size = exact.abs().amax(2, keepdim=True)
+        assert (size > 1e-30).all() and ((found - exact).abs() <= 2e-5 * size).all()
+
+
+def test_gates_closed_for_good():
+    """A gate of exp(-1000) is 0: nothing before it is seen, nothing after it is touched, no gradient is NaN."""
+    q, k, v, g = (x.float().requires_grad_() for x in _gated(2, 2, 2, 90))
+    shut = torch.zeros(90, 1)
+    shut[50] = -1000
+    found, alone = gated_linear(q, k, v, g + shut), gated_linear(*(x[:, :, 50:] for x in (q, k, v, g)))
+    close(found.numerator[:, :, 50:], alone.numerator, 1e-5)
+    close(found.state, alone.state, 1e-5)
+    assert all(x.isfinite().all() for x in torch.autograd.grad(found.numerator.sum(), (q, k, v, g)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_gated_linear_accumulates_in_float32(dtype):
+    q, k, v, g = (x.to(dtype) for x in _gated(2, 2, 2, 9))
+    out = gated_linear(q, k, v, g)
+    assert {x.dtype for x in out} == {torch.float32}
+    step = [x[:, :, :1] for x in (q, k, v, g)]
+    assert gated_linear(*step, state=out.state).state.dtype == torch.float32
+
+
+def test_gated_linear_padding_is_a_key_of_zeros_and_an_open_gate():
+    q, k, v, g = _gated(2, 2, 2, 9)
+    real = torch.tensor([0, 2, 3, 6, 8])
+    mask = torch.zeros(9, 1, dtype=torch.float64)
+    mask[real] = 1
+    found = gated_linear(q, k * mask, v, g * mask)
+    expected = gated_linear(*(x[:, :, real] for x in (q, k, v, g)))
+    for a, b in ((found.numerator[:, :, real], expected.numerator), (found.state, expected.state)):
+        close(a, b)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 64, 70])
+@pytest.mark.parametrize("packed", [False, True], ids=["one", "packed"])
+@pytest.mark.parametrize("gap", [0, 1, 5, 100])
+@pytest.mark.parametrize("gate", ["feature", "head", "constant"])
+def test_gated_bidirectional_is_its_definition(gate, gap, packed, tokens):
+    """Numerator, normaliser and every gradient against the weights of every pair."""
+    segments = _documents(tokens) if packed else torch.zeros(2, tokens, dtype=torch.long)
+    column = torch.arange(tokens)
+    seen = (segments[:, :, None] == segments[:, None]) & ((column[:, None] - column).abs() >= gap)
+
+    def definition(q, k, v, g):
+        k, g = k.repeat_interleave(2, 1), (g if g.ndim == 4 else g[None]).repeat_interleave(2, 1)
+        weights = gated_weights(q, k, g.expand(*g.shape[:2], tokens, -1), seen, gap=gap)
+        return weights @ v.repeat_interleave(2, 1), weights.sum(-1)
+
+    implementations_agree(
+        lambda q, k, v, g: gated_bidirectional(q, k, v, g, gap=gap, segments_BT=segments if packed else None),
+        definition,
+        _gated(4, 2, 2, tokens, gate),
+    )
+
+
+def test_gated_bidirectional_with_open_gates_is_bidirectional():
+    q, k, v, g = _gated(4, 2, 1, 70)
+    for gap in (0, 3):
+        implementations_agree(
+            lambda q, k, v, gap=gap: gated_bidirectional(q, k, v, 0 * g, gap=gap),
+            lambda q, k, v, gap=gap: bidirectional(q, k, v, gap=gap),
+            [q, k, v],
+        )
 
 
 # ----------------------------------------------------------------------------------------------------------- window

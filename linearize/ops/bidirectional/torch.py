@@ -27,13 +27,19 @@ def _everybody(q_BHTF: Tensor, k_BJTF: Tensor, v_BGTV: Tensor) -> Tensor:
     return (q_BHTF.unflatten(1, (J, -1)) @ sums_BJFV1[:, :, None]).flatten(1, 2)
 
 
+def late(k_BJTF: Tensor, v_BGTV: Tensor, gap: int, segments_BT: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Keys and values that arrive `gap` columns late; a key that outlives its document is nobody's."""
+    if not gap:
+        return k_BJTF, v_BGTV
+    T = k_BJTF.shape[2]
+    k, v = (F.pad(x, (0, 0, gap, 0))[:, :, :T] for x in (k_BJTF, v_BGTV))
+    if segments_BT is not None:
+        late_BT = segments_BT[:, :-gap] == segments_BT[:, gap:]
+        k = k * F.pad(late_BT, (min(gap, T), 0))[:, None, :, None]
+    return k, v
+
+
 def _scan(q: Tensor, k: Tensor, v: Tensor, gap: int, segments_BT: Tensor | None) -> Tensor:
     """The sum over s <= t - gap: causal attention over keys that arrive `gap` columns late."""
-    if gap:
-        T = k.shape[2]
-        k, v = (F.pad(x, (0, 0, gap, 0))[:, :, :T] for x in (k, v))
-        if segments_BT is not None:  # a key that outlives its document is nobody's
-            late_BT = segments_BT[:, :-gap] == segments_BT[:, gap:]
-            k = k * F.pad(late_BT, (min(gap, T), 0))[:, None, :, None]
-    out = linear(q, k, v, segments_BT=segments_BT)
+    out = linear(q, *late(k, v, gap, segments_BT), segments_BT=segments_BT)
     return torch.cat([out.numerator, out.normaliser[..., None]], -1)
