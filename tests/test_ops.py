@@ -9,11 +9,14 @@ import torch.nn.functional as F
 from linearize.ops import bidirectional as bidirectional_op
 from linearize.ops import gated_linear as gated_op
 from linearize.ops import linear as linear_op
+from linearize.ops import local2d as local2d_op
 from linearize.ops import window as window_op
 from linearize.ops._dispatch import Implementation, choose
 from linearize.ops.bidirectional import bidirectional
 from linearize.ops.gated_linear import gated_bidirectional, gated_linear, gated_weights
 from linearize.ops.linear import linear
+from linearize.ops.local2d import local2d, local2d_output, pairs
+from linearize.ops.local2d.reference import circle
 from linearize.ops.window import window
 from linearize.testing.laws import implementations_agree
 from linearize.testing.tolerance import close
@@ -393,3 +396,61 @@ def test_auto_says_once_what_it_chose(caplog):
         for _ in range(3):
             choose("said_once", [picky, Implementation("plain", lambda: None)], "auto")
     assert [r.message for r in caplog.records] == ["said_once: picky refused: no device", "said_once: using plain"]
+
+
+# ---------------------------------------------------------------------------------------------------------- local2d
+#: (rows, columns), radius, prefix, suffix: one tile and several, ragged ones, one patch, circles that touch no border
+CIRCLES = [
+    ((5, 7), 3, 1, 0),
+    ((5, 7), 20, 1, 2),
+    ((1, 1), 1, 0, 0),
+    ((1, 50), 4, 2, 0),
+    ((40, 23), 4, 2, 3),
+    ((33, 18), 5, 0, 0),
+    ((17, 50), 1, 0, 1),
+]
+
+
+def _circle_inputs(grid, prefix, suffix, hide):
+    tokens = grid[0] * grid[1] + prefix + suffix
+    valid = None
+    if hide:  # also all that some tokens could see
+        valid = torch.rand(2, tokens, generator=torch.Generator().manual_seed(4)) > 0.5
+        valid[1, : tokens // 2] = False
+    return [_normal(2, 4, tokens, 5), _normal(2, 2, tokens, 5, seed=1), _normal(2, 2, tokens, 3, seed=2)], valid
+
+
+@pytest.mark.parametrize("hide", [False, True], ids=["all", "hidden"])
+@pytest.mark.parametrize("grid, radius, prefix, suffix", CIRCLES, ids=str)
+@pytest.mark.parametrize("impl", _names(local2d_op))
+def test_local2d_equals_reference(impl, grid, radius, prefix, suffix, hide):
+    tensors, valid = _circle_inputs(grid, prefix, suffix, hide)
+    more = {"grid": grid, "radius": radius, "scale": 1.3, "prefix": prefix, "suffix": suffix, "valid_BT": valid}
+    implementations_agree(
+        lambda *x: local2d(*x, **more, impl=impl), lambda *x: local2d(*x, **more, impl="reference"), tensors
+    )
+    seen = (circle(grid, radius, prefix, suffix) & (True if valid is None else valid[:, None])).any(-1)
+    seen = seen.expand(2, -1)[:, None, :, None]  # what the others get means nothing, but is a number
+    implementations_agree(
+        lambda *x: [local2d_output(*x, **more).masked_fill(~seen, 0)],
+        lambda *x: [local2d(*x, **more, impl="reference").output.masked_fill(~seen, 0)],
+        tensors,
+    )
+    assert local2d_output(*tensors, **more).isfinite().all()
+
+
+def test_local2d_reference_gradcheck():
+    tensors = [_normal(1, 2, 8, 3).requires_grad_(), *(_normal(1, 1, 8, 3, seed=s).requires_grad_() for s in (1, 2))]
+    assert torch.autograd.gradcheck(
+        lambda *x: tuple(local2d(*x, grid=(2, 3), radius=2, scale=0.7, prefix=1, suffix=1, impl="reference")), tensors
+    )
+
+
+def test_circles_hold_what_the_paper_counts():
+    """Keys of a circle that touches no border; GFLOPs of one FLUX layer (2412.16112): 512 text tokens, width 3072."""
+    assert [int(circle((65, 66), r)[32 * 66 + 33].sum()) for r in (8, 16, 32)] == [193, 793, 3205]
+    published = {64: (63.5, 86.6, 154.1), 128: (246.2, 352.6, 724.3), 256: (979.3, 1433.2, 3141.7)}
+    for side, figures in published.items():
+        assert tuple(round(4 * 3072 * pairs((side, side), r, 512) / 1e9, 1) for r in (8, 16, 32)) == figures
+    for grid, radius, prefix, suffix in CIRCLES:
+        assert pairs(grid, radius, prefix + suffix) == int(circle(grid, radius, prefix, suffix).sum())

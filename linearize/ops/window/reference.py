@@ -26,6 +26,13 @@ def window_reference(
     distance_TS = column_T[:, None] - torch.arange(S, device=q_BHTK.device)
     seen = (distance_TS >= -ahead) & (distance_TS < width)
     seen_BTS = seen & (codes_BT[:, :, None] == codes_BS[:, None, :]) & (codes_BS[:, None, :] > 0)
+    return softmax_over(q_BHTK, k_BHSK, v_BHSV, scale, seen_BTS)
+
+
+def softmax_over(
+    q_BHTK: Tensor, k_BHSK: Tensor, v_BHSV: Tensor, scale: float, seen_BTS: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(output_BHTV, lse_BHT, max_BHT) of softmax over the keys that are seen. Where none is: 0, -inf, -inf."""
     hidden_BTS, empty_BT = ~seen_BTS[:, None], ~seen_BTS.any(-1)[:, None]
     scores = q_BHTK @ k_BHSK.mT * scale
     weights = scores.masked_fill(hidden_BTS, torch.finfo(scores.dtype).min).softmax(-1).masked_fill(hidden_BTS, 0)

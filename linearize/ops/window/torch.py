@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from linearize.ops._softmax import weigh
+
 
 def window_torch(
     q_BHTK: Tensor,
@@ -42,13 +44,8 @@ def window_torch(
     seen = (distance >= -ahead) & (distance < width)
     same = (codes_T.view(B, blocks, block, 1) == codes_k[:, :, None]) & (codes_k > 0)[:, :, None]
     scores = (q @ k * scale).masked_fill(~(seen & same)[:, None], -torch.inf)
-    top = scores.amax(-1)
-    safe = top.clamp(min=torch.finfo(scores.dtype).min)  # rows that see nothing: -inf - finite = -inf, exp = 0
-    weights = (scores - safe[..., None].detach()).exp()
-    mass = weights.sum(-1)
-    filled = mass.clamp(min=torch.finfo(scores.dtype).tiny)  # also keeps the gradient of rows that see nothing at 0
+    weights, filled, lse, top = weigh(scores)
     out = (weights @ v) / filled[..., None]
-    lse = torch.where(mass > 0, safe.detach() + filled.log(), -torch.inf)
 
     def rows(x: Tensor) -> Tensor:
         return x.flatten(2, 3)[:, :, :T]
