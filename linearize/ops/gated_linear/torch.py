@@ -54,17 +54,18 @@ def _loop(q, k, v, g, state: Tensor, segments_BT: Tensor | None, chunk: int) -> 
         part = slice(start, min(start + chunk, T))
         v_C = v[..., part, :]
         weights, from_start, to_end = _chunk(*(x[..., part, :] for x in (q, k, g)))
+        carried = state
         if segments_BT is not None:
+            assert last_B1 is not None
             seg_BC = segments_BT[:, part]
             now_B1 = seg_BC[:, -1:]
             shape = (-1, *[1] * (q.ndim - 3))
             weights = weights * (seg_BC[:, :, None] == seg_BC[:, None]).view(*shape, *weights.shape[-2:])
             from_start = from_start * (seg_BC == last_B1).view(*shape, v_C.shape[-2], 1)
             to_end = to_end * (seg_BC == now_B1).view(*shape, v_C.shape[-2], 1)
+            carried, last_B1 = state * (now_B1 == last_B1).view(*shape, 1, 1), now_B1
         outs.append(weights @ v_C + from_start @ state)
-        if segments_BT is not None:
-            state, last_B1 = state * (now_B1 == last_B1).view(*shape, 1, 1), now_B1
-        state = _faded(state, g[..., part, :]) + to_end.mT @ v_C
+        state = _faded(carried, g[..., part, :]) + to_end.mT @ v_C
     return torch.cat(outs, -2) if len(outs) > 1 else outs[0], state
 
 
@@ -151,7 +152,8 @@ class _Pairs(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dweights: Tensor, dfrom: Tensor, dto: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        dweights, dfrom, dto = grad_outputs
         q, k, gate, to_end, *kept = ctx.saved_tensors
         dq, dk, half = dfrom.clone(), dto.clone(), q.shape[-2] // 2
         while half:
