@@ -1,8 +1,10 @@
-"""Parts that several methods share: feature maps by name, and the exact local branch with its two combinations."""
+"""Parts that several methods share: feature maps by name, the exact local branch, its two combinations with a linear
+branch, and the mixer made of both."""
 
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -11,10 +13,10 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from linearize.mixers.base import MixerConfig
+from linearize.mixers.base import MixerConfig, RecurrentMixer
 from linearize.ops._dispatch import compute_dtype
 from linearize.ops.window import WindowOutput, window
-from linearize.types import Context, SiteShape, State, StateSpec, Unsupported
+from linearize.types import Context, InputError, SiteShape, State, StateSpec, Unsupported
 
 # ------------------------------------------------------------------------------------------------- feature maps
 FeatureMapName = Literal["split_softmax", "exp", "joint_softmax", "t2r", "relu", "elu"]
@@ -328,3 +330,132 @@ class Combination(nn.Module):
         peak = torch.maximum(lse, far)
         peak = peak.masked_fill(peak == -torch.inf, 0)
         return (lse - peak).exp(), (far - peak).exp()
+
+
+# ----------------------------------------------------------------------------------------------- both in one mixer
+class HybridConfig(LocalConfig):
+    """Settings of a linear branch over features and of what stands beside it."""
+
+    feature_map: FeatureMapName = "split_softmax"
+    features: int | None = Field(default=None, ge=1, description="columns of W; None: the head's key dim")
+    tie: bool = Field(default=False, description="one map for q and k")
+    share: Literal["query", "kv"] = Field(default="query", description="key maps per query head or per kv head")
+    rope: Literal["keep", "undo"] = Field(default="keep", description="rotate the linear branch's q and k?")
+    combine: Literal["lse", "lolcats"] = "lse"
+    eps: float = Field(default=1e-12, gt=0)
+
+
+class Branches(NamedTuple):
+    """Both branches of one call: the local one (None without a window) and the linear one, each with its own
+    normaliser: far_BHTV, mass_BHT (un-normalised sum of the linear weights)."""
+
+    local: Local | WindowOutput | None
+    far: Tensor
+    mass: Tensor
+
+
+class Hybrid(RecurrentMixer):
+    """A linear branch over features, and with `window` or `sinks` an exact local one that has the near keys to itself.
+
+    A method is `both` and `linear_alone` (how its linear branch sums) and `far_weights` (which weights these sums
+    have); maps, combination, ablations and the dense map are here.
+    """
+
+    kinds = frozenset({"causal", "bidirectional"})
+    config: HybridConfig
+
+    def __init__(self, shape: SiteShape, config: HybridConfig) -> None:
+        super().__init__(shape, config)
+        c, H, G, K = config, shape.heads, shape.kv_heads, shape.key_dim
+        self.key_heads = H if c.share == "query" else G
+        if c.tie and self.key_heads != H:
+            raise InputError("tie: true needs share: query (one map cannot serve H query and G key heads)")
+        self.map_q = FeatureMap(c.feature_map, H, K, c.features)
+        # A tied map is registered once: safetensors refuses one tensor under two names.
+        self.map_k = None if c.tie else FeatureMap(c.feature_map, self.key_heads, K, c.features)
+        self.local = LocalBranch(c, shape) if c.window or c.sinks else None
+        self.combine = Combination(c.combine, H, self.map_q.columns) if self.local else None
+        self.branches = ("window_off", "linear_off") if self.local else ()
+
+    @abstractmethod
+    def both(
+        self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTV: Tensor, ctx: Context, state: State | None = None
+    ) -> tuple[Branches, State]:
+        """The two branches apart: what `chunked` combines, and what far-field losses look at."""
+
+    @abstractmethod
+    def linear_alone(self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTV: Tensor, ctx: Context) -> Tensor:
+        """o_BHTV of the linear branch over all visible keys: what `target: linear` trains."""
+
+    @abstractmethod
+    def far_weights(
+        self, q_BHTK: Tensor, k_BGTK: Tensor, ctx: Context, seen_BTT: Tensor, gap: int, rows: slice
+    ) -> Tensor:
+        """Un-normalised weights [B, H, rows, T] of the linear branch, from the definition, 0 where not seen. gap: the
+        window that has the nearer keys (0: none)."""
+
+    def chunked(
+        self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTV: Tensor, ctx: Context, state: State
+    ) -> tuple[Tensor, State]:
+        if self.off == "window_off":
+            if ctx.slot is not None:
+                raise ValueError("branch ablations are for evaluation without a cache: pass use_cache=False")
+            return self.linear_alone(q_BHTK, k_BGTK, v_BGTV, ctx).to(q_BHTK.dtype), state
+        parts, state = self.both(q_BHTK, k_BGTK, v_BGTV, ctx, state)
+        if parts.local is None:
+            return parts.far.to(q_BHTK.dtype), state
+        local = parts.local
+        if self.off == "linear_off":
+            return local.output.to(q_BHTK.dtype), state
+        assert self.combine is not None
+        near, far = self.combine(local.lse, local.max, parts.mass, q_BHTK, ctx.scale)
+        out = (near[..., None] * local.output + far[..., None] * parts.far) / (near + far + self.config.eps)[..., None]
+        return out.to(q_BHTK.dtype), state
+
+    def dense(self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTV: Tensor, ctx: Context, rows: slice = slice(None)) -> Tensor:
+        c = self.config
+        visible_BTT, local_BTT = local_mask(ctx, q_BHTK, c.window, c.sinks, rows)
+        if self.local is None or self.off == "window_off":
+            weights = self.far_weights(q_BHTK, k_BGTK, ctx, visible_BTT, 0, rows)
+            return weights / (weights.sum(-1, keepdim=True) + c.eps)
+        far_BHTT = self.far_weights(q_BHTK, k_BGTK, ctx, visible_BTT & ~local_BTT, c.window, rows)
+        q = q_BHTK[:, :, rows].to(far_BHTT.dtype)
+        k = k_BGTK.to(far_BHTT.dtype).repeat_interleave(self.shape.group, 1)
+        scores = (q @ k.mT * ctx.scale).masked_fill(~local_BTT[:, None], -torch.inf)
+        top = scores.amax(-1, keepdim=True)
+        near_BHTT = (scores - top.masked_fill(top == -torch.inf, 0)).exp()
+        if self.off == "linear_off":
+            return near_BHTT / (near_BHTT.sum(-1, keepdim=True) + c.eps)
+        assert self.combine is not None
+        if c.combine == "lolcats":
+            near_BHTT = near_BHTT * self.combine.gate_H.to(scores.dtype).sigmoid()[:, None, None]
+        else:  # exp(score) against phi phi exp(a + b |q|), both relative to the local maximum
+            length = (q * ctx.scale).norm(dim=-1, keepdim=True)
+            gain = self.combine.offset_H.to(length.dtype)[:, None, None]
+            gain = gain + self.combine.slope_H.to(length.dtype)[:, None, None] * length
+            far_BHTT = far_BHTT * (gain - top.masked_fill(top == -torch.inf, 0)).exp()
+        total = near_BHTT.sum(-1, keepdim=True) + far_BHTT.sum(-1, keepdim=True)
+        return (near_BHTT + far_BHTT) / total.clamp(min=c.eps)
+
+    @property
+    def needs_rotary(self) -> bool:
+        return self.config.rope == "undo"
+
+    @property
+    def _kept(self) -> int:
+        """How many tensors of the state are the local branch's."""
+        return len(self.local.state_spec()) if self.local else 0
+
+    def _unrotated(self, q: Tensor, k: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+        if not self.needs_rotary or ctx.rotary is None:  # None: this layer does not rotate (checked by attach)
+            return q, k
+        return ctx.rotary.undo(q), ctx.rotary.undo(k)
+
+    def _for_key_heads(self, k_BGTK: Tensor) -> Tensor:
+        return k_BGTK.repeat_interleave(self.shape.group, 1) if self.key_heads != k_BGTK.shape[1] else k_BGTK
+
+    def _for_heads(self, x_BJTF: Tensor) -> Tensor:
+        return x_BJTF.repeat_interleave(self.shape.group, 1) if self.key_heads != self.shape.heads else x_BJTF
+
+    def _map_keys(self, k_BGTK: Tensor) -> Tensor:
+        return (self.map_k or self.map_q)(self._for_key_heads(k_BGTK))

@@ -16,8 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from linearize.mixers.base import Mixer
-from linearize.mixers.hedgehog import Branches
-from linearize.mixers.parts import Local
+from linearize.mixers.parts import Branches, Local
 from linearize.plan import TransferPlan
 from linearize.stages.base import Job, body, share_of
 from linearize.stages.loop import train
