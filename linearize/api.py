@@ -424,7 +424,10 @@ def merge(model: str | Path, output_dir: str | Path) -> Saved:
 
 
 def export(model: str | Path, output_dir: str | Path, *, form: str = "safetensors") -> Saved:
-    """Write a converted model, LoRA folded in, in another form: "safetensors" or "torch-export". Raises InputError."""
+    """Write a converted model, LoRA folded in, in another form: "safetensors", "torch-export" or "onnx".
+
+    Raises InputError, Unsupported, GateError, StorageError.
+    """
     from linearize import models
     from linearize.stages.export import export as write
     from linearize.stages.merge import merge as fold

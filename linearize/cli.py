@@ -259,7 +259,7 @@ def merge(
 def export(
     model: Converted,
     output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Folder to write.")],
-    form: Annotated[str, typer.Option("--format", help="safetensors or torch-export.")] = "safetensors",
+    form: Annotated[str, typer.Option("--format", help="safetensors, torch-export or onnx.")] = "safetensors",
     json: Json = False,
 ) -> None:
     """Write a converted model in another form."""

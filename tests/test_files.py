@@ -22,6 +22,7 @@ from linearize import models
 from linearize.ops.linear.blocks import linear_blocks
 from linearize.ops.linear.reference import linear_reference
 from linearize.seams import hf
+from linearize.stages import programs
 from linearize.stages.export import export
 from linearize.stages.merge import merge, merged_weight
 from linearize.surgery import files, state
@@ -526,10 +527,53 @@ def test_torch_export(family, every, settings, tmp_path):
         torch.testing.assert_close(program(ids, torch.ones_like(ids)), logits(model, ids), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("vit", {}),
+        pytest.param("bert", {}, marks=pytest.mark.slow),
+        pytest.param("bert", {"window": 3}, marks=pytest.mark.slow),
+    ],
+)
+def test_onnx(family, settings, tmp_path):
+    runtime = pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
+    pytest.importorskip("onnxscript", reason="the extra onnx is not installed")
+    model = pico(family, num_hidden_layers=1, **({"max_position_embeddings": 256} if family == "bert" else {}))
+    linearize.attach(model, None, "hedgehog", settings)
+    export(model, tmp_path / "x", "onnx")
+    said = json.loads((tmp_path / "x" / "model.json").read_text())
+    session = runtime.InferenceSession(tmp_path / "x" / "model.onnx", providers=["CPUExecutionProvider"])
+    if family == "vit":
+        batches = [{"pixel_values": torch.randn(n, 3, 16, 16)} for n in (1, 3)]
+    else:
+        assert said["tokens"]["at least"] == (64 if settings else 2)
+        batches = []
+        for batch, length in ((1, said["tokens"]["at least"]), (3, 100)):
+            mask = (torch.arange(length) < torch.arange(length, length - batch, -1)[:, None]).long()
+            batches.append({"input_ids": torch.randint(5, 97, (batch, length)), "attention_mask": mask})
+    for inputs in batches:
+        (got,) = session.run(None, {name: x.numpy() for name, x in inputs.items()})
+        with torch.no_grad():
+            want = model(**inputs).last_hidden_state
+        real = inputs["attention_mask"].bool() if "attention_mask" in inputs else slice(None)
+        torch.testing.assert_close(torch.from_numpy(got)[real], want[real], rtol=0, atol=1e-5)
+
+
+def test_what_onnx_lacks_is_named(tmp_path, monkeypatch):
+    model = pico("vit", num_hidden_layers=1)
+    linearize.attach(model, None, "hedgehog")
+    monkeypatch.setattr(programs, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"onnx needs onnx, onnxscript, onnxruntime: pip install 'linearize\[onnx\]'"):
+        export(model, tmp_path / "x", "onnx")
+    assert not (tmp_path / "x").exists()
+
+
 def test_other_exports(tmp_path):
     model = convert()
     assert same(linearize.load(export(model, tmp_path / "s")), model)
-    with pytest.raises(InputError, match=r"cannot export to 'onnx'.*safetensors, torch-export"):
+    with pytest.raises(InputError, match=r"cannot export to 'onxx': did you mean 'onnx'.*safetensors, torch-export"):
+        export(model, tmp_path / "o", "onxx")
+    with pytest.raises(Unsupported, match="this llama is a decoder, and ONNX is written for encoders"):
         export(model, tmp_path / "o", "onnx")
     with pytest.raises(Unsupported, match="positions"):
         export(convert(max_position_embeddings=64), tmp_path / "o", "torch-export")
