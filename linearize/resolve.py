@@ -107,11 +107,9 @@ def choose(plan: Plan, model: nn.Module) -> tuple[list[Site], list[Site], dict[s
         return sites, chosen, left
     chosen = parse_layers(plan.method.layers, sites)
     for site in chosen:
-        kind = "causal" if site.shape.causal else "bidirectional"
-        if kind not in (kinds := mixers.get(plan.method.name).kinds):
-            raise Unsupported(
-                f"method {plan.method.name!r} replaces {' or '.join(sorted(kinds))} attention; {site.name} is {kind}"
-            )
+        where = mixers.home(site.shape)
+        if why := mixers.refusal(plan.method.name, where):
+            raise Unsupported(f"{site.name}: method {plan.method.name!r} does not fit {where} attention: {why}")
     return sites, chosen, {}
 
 

@@ -283,6 +283,58 @@ def test_saved_equals_loaded(family, tmp_path):
             assert all(torch.equal(a, b) for a, b in zip(run(again, inputs(family)), expected, strict=True))
 
 
+# ------------------------------------------------------------------------------------------- methods of images alone
+def patches_in_order(family):
+    return pico(family, **({"mask_ratio": 0.0} if family == "vit_mae" else {}))
+
+
+@pytest.mark.parametrize("family", list(IMAGE_ENCODERS))
+def test_a_circle_beyond_the_diagonal_is_softmax(family):
+    """Whatever stands before the patches; a bias is what it drops."""
+    model = patches_in_order(family).double()
+    with torch.no_grad():
+        expected = run(model, inputs(family))[0]
+        linearize.attach(model, None, "clear", {"radius": 5})
+        found = run(model, inputs(family))[0]
+        assert ((found - expected).abs().max() < 1e-9) == (family not in BIASED)
+        linearize.attach(model, None, "clear", {"radius": 2})
+        assert (run(model, inputs(family))[0] - expected).abs().max() > 1e-3
+        linearize.Surgery.of(model).detach()
+        assert torch.equal(run(model, inputs(family))[0], expected)
+
+
+@pytest.mark.parametrize("method, settings", [("lit", {"heads": 2}), ("clear", {"radius": 2})], ids=["lit", "clear"])
+@pytest.mark.parametrize("family", list(IMAGE_ENCODERS))
+def test_methods_of_images(family, method, settings, tmp_path):
+    """Forward, backward to every parameter, a copy, a file; each image as if it were alone."""
+    model = patches_in_order(family)
+    surgery = linearize.attach(model, linearize.find(model)[::2], method, settings)
+    with torch.no_grad():
+        for parameter in surgery.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(4)) * 0.1)
+    out = run(model, inputs(family))[0]
+    if parameters := surgery.parameters():
+        gradients = torch.autograd.grad((out * torch.randn_like(out)).sum(), parameters)
+        assert all(g.isfinite().all() and g.abs().max() > 0 for g in gradients)
+    with torch.no_grad():
+        out = run(model, inputs(family))[0]  # some biases take another kernel where nothing is trained
+        alone = run(model, {k: v[1:] for k, v in inputs(family).items()})[0]
+        torch.testing.assert_close(out[1:], alone, atol=1e-5, rtol=0)
+        assert torch.equal(run(copy.deepcopy(model), inputs(family))[0], out)
+        files.save(model, tmp_path / "model")
+        assert torch.equal(run(files.load(tmp_path / "model").eval(), inputs(family))[0], out)
+        if family in ANY_SIZE:
+            more = {} if "dino" in family else {"interpolate_pos_encoding": True}
+            assert model(pixel_values=pixels(8, 24), **more)[0].isfinite().all()
+
+
+@text
+def test_text_has_no_rows_and_columns(family):
+    for method in ("lit", "clear"):
+        with pytest.raises(Unsupported, match=f"{method}.* does not fit .* attention: .*text|past"):
+            linearize.attach(pico(family), None, method)
+
+
 # ----------------------------------------------------------------------------------------- what some of them have
 @pytest.mark.parametrize("family", sorted(SHARED))
 def test_a_shared_module_fires_once_for_each_of_its_layers(family):

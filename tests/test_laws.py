@@ -11,12 +11,13 @@ import torch
 
 from linearize.mixers import base as mixers
 from linearize.mixers.parts import _MAPS
-from linearize.testing.laws import BIDIRECTIONAL, SHAPE, Case, call, draw, laws
+from linearize.testing.laws import BIDIRECTIONAL, IMAGE, SHAPE, Case, call, draw, laws
 from linearize.testing.tolerance import check_rounded, close
 from linearize.types import InputError, SiteShape, Unsupported
 
 pytestmark = pytest.mark.usefixtures("poison")
 
+CAUSAL = [name for name in mixers.names() if mixers.refusal(name, "LLM") is None]
 #: settings beyond the defaults, by method; a method without a row is tried with its defaults
 SETTINGS = {
     "hedgehog": [
@@ -50,8 +51,21 @@ BIDIRECTIONAL_SETTINGS = {
     "none": [{}],
     "softmax": [{}],
 }
-CASES = [Case(name, settings) for name in mixers.names() for settings in [{}, *SETTINGS.get(name, [])]]
+#: settings on images
+IMAGE_SETTINGS = {
+    "clear": [{"radius": 3}, {"radius": 1}, {"radius": 2}],
+    "lit": [
+        {},
+        {"heads": 2, "kernel": 3, "norm": "center"},
+        {"heads": 4, "feature_map": "t2r", "norm": "instance"},
+        {"heads": 2, "normaliser": "inline", "kernel": 1},
+        {"heads": 1, "normaliser": "inline", "norm": "instance", "feature_map": "elu", "kernel": 7},
+    ],
+    "hedgehog": [{}],
+}
+CASES = [Case(name, settings) for name in CAUSAL for settings in [{}, *SETTINGS.get(name, [])]]
 CASES += [Case(name, settings, BIDIRECTIONAL) for name, rows in BIDIRECTIONAL_SETTINGS.items() for settings in rows]
+CASES += [Case(name, settings, IMAGE) for name, rows in IMAGE_SETTINGS.items() for settings in rows]
 
 
 def kind(case):
@@ -70,8 +84,9 @@ def test_fresh_memory_is_poisoned():
 
 
 def test_settings_name_only_methods():
-    assert set(SETTINGS) <= set(mixers.names())
-    assert set(BIDIRECTIONAL_SETTINGS) == {n for n in mixers.names() if "bidirectional" in mixers.get(n).kinds}
+    assert set(SETTINGS) <= set(CAUSAL)
+    assert set(BIDIRECTIONAL_SETTINGS) == {n for n in mixers.names() if mixers.refusal(n, "encoder") is None}
+    assert set(IMAGE_SETTINGS) >= {n for n in mixers.names() if "grid" in mixers.get(n).needs}
 
 
 # ------------------------------------------------------------------------------------- published limits, identities
@@ -91,6 +106,68 @@ def test_settings_name_only_methods():
 def test_a_window_that_sees_everything_is_softmax(method, settings, shape):
     case, inputs = Case(method, settings, shape), draw(shape, 40)
     close(call(case.mixer(), inputs), call(Case("softmax", shape=shape).mixer(), inputs), 1e-9)
+
+
+def test_a_circle_that_sees_everything_is_softmax():
+    """And one that sees nothing but the patch itself still sees all that is no patch."""
+    inputs = draw(IMAGE, 40)
+    softmax = call(Case("softmax", shape=IMAGE).mixer(), inputs)
+    close(call(Case("clear", {"radius": 9}, IMAGE).mixer(), inputs), softmax, 1e-9)
+    grid, prefix = inputs.ctx.grid, inputs.ctx.prefix
+    assert (grid, prefix, inputs.ctx.suffix) == ((5, 7), 4, 1)
+    weights = Case("clear", {"radius": 1}, IMAGE).mixer().dense(inputs.q, inputs.k, inputs.v, inputs.ctx)
+    assert ((weights > 0).sum(-1) == torch.tensor([40] * 4 + [6] * 35 + [40])).all()
+
+
+def test_lit_starts_as_linear_attention_of_few_heads():
+    """Heads regrouped by their columns; the convolution silent; with all heads kept it is plain linear attention."""
+    inputs = draw(IMAGE, 30)
+    mixer = mixers.build("lit", IMAGE, {"heads": 2, "eps": 1e-12}).double()
+    q, k, v = (x.relu() if i < 2 else x for i, x in enumerate((inputs.q, inputs.k, inputs.v)))
+    q, k, v = q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
+    wide = [torch.stack([torch.cat([x[:, 2 * h], x[:, 2 * h + 1]], -1) for h in range(2)], 1) for x in (q, k, v)]
+    weights = wide[0] @ wide[1].mT
+    expected = (weights / weights.sum(-1, keepdim=True)) @ wide[2]
+    expected = torch.cat([expected[..., :6], expected[..., 6:]], 1)[:, [0, 2, 1, 3]]
+    close(call(mixer, inputs), expected, 1e-9)
+
+
+def test_lit_convolves_patches_alone():
+    """A filter that is one at its middle adds v, at the patches and nowhere else."""
+    inputs = draw(IMAGE, 30)
+    mixer = mixers.build("lit", IMAGE).double()
+    before = call(mixer, inputs)
+    with torch.no_grad():
+        mixer.filter_HVYX[:, :, 2, 2] = 1.0
+    patches = slice(inputs.ctx.prefix, 30 - 1)
+    added = torch.zeros_like(before)
+    added[:, :, patches] = inputs.v.repeat_interleave(2, 1)[:, :, patches]
+    close(call(mixer, inputs) - before, added, 1e-12)
+
+
+@pytest.mark.parametrize("heads, found", [(6, 2), (12, 3), (16, 4), (3, 1), (1, 1)])
+def test_lit_regroups_as_the_paper_does(heads, found):
+    """S 2, B 3, L and XL 4 heads (2501.12976)."""
+    shape = SiteShape(heads=heads, kv_heads=heads, key_dim=4, value_dim=4, width=4 * heads, scale=0.5, causal=False)
+    assert mixers.build("lit", replace(shape, image=True)).heads == found
+
+
+def test_methods_of_images_refuse_what_is_none():
+    inputs = draw(IMAGE, 30)
+    for method in ("lit", "clear"):
+        with pytest.raises(Unsupported, match=f"method '{method}' does not fit encoder attention"):
+            mixers.build(method, BIDIRECTIONAL)
+        with pytest.raises(Unsupported, match=f"method '{method}' does not fit LLM attention"):
+            mixers.build(method, SHAPE)
+        mixer = Case(method, shape=IMAGE).mixer()
+        with pytest.raises(InputError, match="no grid of rows and columns"):
+            call(mixer, replace(inputs, ctx=replace(inputs.ctx, grid=None)))
+        with pytest.raises(InputError, match="one image per row"):
+            call(mixer, replace(inputs, ctx=replace(inputs.ctx, segments_BT=torch.zeros(2, 30, dtype=torch.long))))
+    with pytest.raises(InputError, match="heads: one of 1, 2, 4"):
+        mixers.build("lit", IMAGE, {"heads": 3})
+    with pytest.raises(InputError, match="kernel: 4 has no middle; use 5"):
+        mixers.build("lit", IMAGE, {"kernel": 4})
 
 
 def test_none_is_a_window_of_one():
@@ -193,7 +270,7 @@ def test_unknown_names_are_answered_with_the_nearest():
 
 def test_a_causal_method_refuses_an_encoder(monkeypatch):
     monkeypatch.setattr(mixers.get("hedgehog"), "kinds", frozenset({"causal"}))
-    with pytest.raises(Unsupported, match="this layer is bidirectional"):
+    with pytest.raises(Unsupported, match="does not fit encoder attention: it replaces causal attention"):
         mixers.build("hedgehog", BIDIRECTIONAL)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from importlib.metadata import entry_points
 from typing import Any, ClassVar
 
@@ -29,17 +30,21 @@ class Mixer(nn.Module, ABC):
     """A token-mixing layer. Subclass this for methods without a recurrent form, RecurrentMixer otherwise.
 
     paper: where it comes from. kinds: what it can replace, of "causal", "bidirectional", "joint".
-    needs: of "hidden", "grid", "rotary", "mask". Config: its fields are the recipe's `mixer:` keys.
+    needs: of "hidden", "grid", "rotary", "mask". refuses: why it does not fit one of HOMES, where `kinds` does not say
+    it all. Config: its fields are the recipe's `mixer:` keys.
     """
 
     paper: ClassVar[str]
     kinds: ClassVar[frozenset[str]]
     needs: ClassVar[frozenset[str]] = frozenset()
+    refuses: ClassVar[Mapping[str, str]] = {}
     recurrent: bool = False
     Config: ClassVar[type[MixerConfig]] = MixerConfig
     #: names of the branches that `Surgery.ablate` can switch off; `off` is the one that is off now
     branches: tuple[str, ...] = ()
     off: str | None = None
+    #: query heads that are one head of this mixer
+    joined: int = 1
 
     def __init__(self, shape: SiteShape, config: MixerConfig) -> None:
         super().__init__()
@@ -55,8 +60,17 @@ class Mixer(nn.Module, ABC):
 
     @abstractmethod
     def dense(self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTV: Tensor, ctx: Context, rows: slice = slice(None)) -> Tensor:
-        """Attention weights [B, H, T, T] with o = weights @ v, from the definition: test oracle, map losses,
-        pictures. rows: the queries wanted, so that long maps can be made piece by piece."""
+        """Attention weights [B, H, T, T] with o = weights @ v + beside(v), from the definition: test oracle, map
+        losses, pictures. rows: the queries wanted, so that long maps can be made piece by piece."""
+
+    def beside(self, v_BGTV: Tensor, ctx: Context) -> Tensor:
+        """What a method adds to weights @ v, [B, H, T, V], from the definition. Default: nothing."""
+        return torch.zeros_like(v_BGTV).repeat_interleave(self.shape.group, 1)
+
+    @property
+    def signed(self) -> bool:
+        """Whether weights can be negative, so that they are no distribution and losses on maps make no sense."""
+        return False
 
     @abstractmethod
     def state_spec(self) -> list[StateSpec]:
@@ -207,7 +221,34 @@ def configure(name: str | type[Mixer], settings: MixerConfig | dict[str, Any] | 
 def build(name: str | type[Mixer], shape: SiteShape, settings: MixerConfig | dict[str, Any] | None = None) -> Mixer:
     """A new mixer for a layer of `shape`, in float32. Raises Unsupported when the method does not fit the layer."""
     cls = get(name)
-    kind = "causal" if shape.causal else "joint" if shape.joint else "bidirectional"
-    if kind not in cls.kinds:
-        raise Unsupported(f"method {name!r} replaces {' or '.join(sorted(cls.kinds))} attention; this layer is {kind}")
+    if why := refusal(cls, home(shape)):
+        raise Unsupported(f"method {name!r} does not fit {home(shape)} attention: {why}")
     return cls(shape, configure(name, settings))
+
+
+# ------------------------------------------------------------------------------------------ which method fits what
+#: where attention is converted, and its kind there: the columns of the table of methods
+HOMES = {
+    "LLM": "causal",
+    "encoder": "bidirectional",
+    "ViT": "bidirectional",
+    "DiT": "bidirectional",
+    "joint DiT": "joint",
+}
+
+
+def home(shape: SiteShape) -> str:
+    """Which of HOMES a layer belongs to. A diffusion transformer that attends to its image alone is like a ViT."""
+    if shape.causal:
+        return "LLM"
+    return "joint DiT" if shape.joint else "ViT" if shape.image else "encoder"
+
+
+def refusal(name: str | type[Mixer], where: str) -> str | None:
+    """Why a method does not fit one of HOMES (None: it does): what the table says, and `build`."""
+    cls, kind = get(name), HOMES[where]
+    if where in cls.refuses:
+        return cls.refuses[where]
+    if kind not in cls.kinds:
+        return f"it replaces {' or '.join(sorted(cls.kinds))} attention, and this is {kind}"
+    return None

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from linearize.mixers.base import MixerConfig, RecurrentMixer
 from linearize.ops._dispatch import compute_dtype
+from linearize.ops.local2d.reference import circle
 from linearize.ops.window import WindowOutput, window
 from linearize.types import Context, InputError, SiteShape, State, StateSpec, Unsupported
 
@@ -289,6 +290,23 @@ def local_mask(
         rank = (codes[:, :, None] == codes[:, None]).tril(-1).sum(-1)
         local = local | (rank < sinks)[:, None]
     return visible, visible & local
+
+
+def patch_grid(ctx: Context, method: str) -> tuple[int, int]:
+    """(rows, columns) of this call's patches. Raises InputError where it has none, or where one row of the batch holds
+    several images."""
+    if ctx.grid is None or len(ctx.grid) != 2:
+        raise InputError(f"{method}: this call has no grid of rows and columns: {ctx.grid}")
+    if ctx.segments_BT is not None:
+        raise InputError(f"{method}: several documents in one row of the batch have no grid: one image per row")
+    return ctx.grid[0], ctx.grid[1]
+
+
+def seen_in_circle(ctx: Context, like_BHTK: Tensor, radius: int, rows: slice = slice(None)) -> Tensor:
+    """Which keys the queries `rows` see in a circle of patches, bool [B, rows, T]: from the definition."""
+    grid = patch_grid(ctx, "a circle")
+    near_TT = circle(grid, radius, ctx.prefix, ctx.suffix, like_BHTK.device)
+    return ctx.visible(like_BHTK, rows) & near_TT[rows]
 
 
 class Combination(nn.Module):

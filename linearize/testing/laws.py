@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -32,6 +33,7 @@ from linearize.types import Context, Rotary, SiteShape, Slot, State
 #: grouped heads, and a value dim of its own: nothing that is equal by accident
 SHAPE = SiteShape(heads=4, kv_heads=2, key_dim=8, value_dim=6, width=32, scale=8**-0.5)
 BIDIRECTIONAL = replace(SHAPE, causal=False)
+IMAGE = replace(BIDIRECTIONAL, image=True)
 #: ways to cut a sequence into calls; whatever is left over is the last call
 SPLITS = ((1,), (7,), (64,), (3, 1, 40, 2, 17))
 
@@ -45,7 +47,7 @@ class Case:
     shape: SiteShape = SHAPE
 
     def __str__(self) -> str:
-        kind = [] if self.shape.causal else ["bidirectional"]
+        kind = [] if self.shape.causal else ["image"] if self.shape.image else ["bidirectional"]
         return "-".join([self.method, *kind, *(f"{k}={v}" for k, v in self.settings.items())])
 
     def mixer(self, dtype: torch.dtype = torch.float64, seed: int = 0) -> Mixer:
@@ -94,7 +96,8 @@ class Inputs:
 
 
 def draw(shape: SiteShape, tokens: int, batch: int = 2, seed: int = 1, dtype: torch.dtype = torch.float64) -> Inputs:
-    """Random inputs, rotated by a rotary embedding whose cos and sin are scaled, as YaRN's are."""
+    """Random inputs, rotated by a rotary embedding whose cos and sin are scaled, as YaRN's are. On images most tokens
+    stand on a grid wider than high, one is behind it and at least one before it."""
     noise = torch.Generator().manual_seed(seed)
 
     def normal(heads: int, dim: int, sharpness: float) -> Tensor:
@@ -107,8 +110,16 @@ def draw(shape: SiteShape, tokens: int, batch: int = 2, seed: int = 1, dtype: to
         normal(shape.heads, shape.key_dim, 1.7),
         normal(shape.kv_heads, shape.key_dim, 1.7),
         normal(shape.kv_heads, shape.value_dim, 1.0),
-        Context(causal=shape.causal, scale=shape.scale, rotary=rotary),
+        replace(
+            Context(causal=shape.causal, scale=shape.scale, rotary=rotary), **(_patches(tokens) if shape.image else {})
+        ),
     )
+
+
+def _patches(tokens: int) -> dict[str, Any]:
+    columns = math.isqrt(tokens) + 1
+    rows = (tokens - 2) // columns
+    return {"grid": (rows, columns), "prefix": tokens - rows * columns - 1, "suffix": 1}
 
 
 def _rotate(q: Tensor, k: Tensor, cos_BTK: Tensor, sin_BTK: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,11 +151,12 @@ def call(mixer: Mixer, inputs: Inputs, slot: Slot | None = None) -> Tensor:
 def from_dense(mixer: Mixer, inputs: Inputs) -> Tensor:
     """o_BHTV by the mixer's dense twin."""
     weights = mixer.dense(inputs.q, inputs.k, inputs.v, inputs.ctx)
-    return weights @ inputs.v.repeat_interleave(mixer.shape.group, 1)
+    return weights @ inputs.v.repeat_interleave(mixer.shape.group, 1) + mixer.beside(inputs.v, inputs.ctx)
 
 
 def contexts(inputs: Inputs) -> dict[str, Inputs]:
-    """The structures a batch can have: nothing, left padding, padding inside, packed documents, and both at once."""
+    """The structures a batch can have: nothing, left padding, padding inside, packed documents, and both at once. Rows
+    of images are one grid each: nothing, or some of it hidden."""
     B, T = inputs.q.shape[0], inputs.q.shape[2]
     column = torch.arange(T).expand(B, T)
     left = column >= torch.tensor([[0], [5]])[:B]
@@ -154,6 +166,8 @@ def contexts(inputs: Inputs) -> dict[str, Inputs]:
     def with_(**changes: Tensor) -> Inputs:
         return replace(inputs, ctx=replace(inputs.ctx, **changes))
 
+    if inputs.ctx.grid is not None:
+        return {"plain": inputs, "padding inside": with_(valid_BT=inside)}
     return {
         "plain": inputs,
         "left padding": with_(valid_BT=left),
@@ -212,7 +226,8 @@ def fast_equals_dense(case: Case) -> None:
 
 
 def dense_is_a_distribution(case: Case) -> None:
-    """Weights are non-negative, never on a hidden key, and add up to 1 (to 0 where every feature is: relu has such)."""
+    """Weights are non-negative (unless the method says that it is signed), never on a hidden key, and add up to 1 (to 0
+    where every feature is: relu has such)."""
     mixer = case.mixer()
     for what, inputs in contexts(draw(case.shape, 37)).items():
         weights = mixer.dense(inputs.q, inputs.k, inputs.v, inputs.ctx)
@@ -220,10 +235,10 @@ def dense_is_a_distribution(case: Case) -> None:
         seen = codes[:, :, None] == codes[:, None]
         seen = seen.tril() if case.shape.causal else seen
         real = (codes > 0)[:, None].expand(weights.shape[:3])
-        assert bool((weights >= 0).all()), f"{what}: a negative weight"
+        assert bool((weights >= 0).all()) != mixer.signed, f"{what}: a negative weight (or signed, and none)"
         close((weights * ~seen[:, None])[real].abs().sum(), torch.zeros(()), 1e-12, f"weight on hidden keys ({what})")
         total = weights.sum(-1)[real]
-        close(total, (total > 0).to(total.dtype), 1e-6, f"sum of weights ({what})")
+        close(total, (total != 0).to(total.dtype), 1e-6, f"sum of weights ({what})")
 
 
 def causal(case: Case) -> None:
@@ -242,9 +257,9 @@ def causal(case: Case) -> None:
 def permutation_equivariant(case: Case) -> None:
     """A bidirectional method that needs no grid does not know the order of its tokens; with a window it knows distances
     alone, so that a sequence may be turned round."""
-    if "grid" in mixers.get(case.method).needs:
-        return
     mixer, inputs = case.mixer(), draw(case.shape, 20)
+    if mixer.needs_grid:
+        return
     order = torch.randperm(20, generator=torch.Generator().manual_seed(3))
     if getattr(mixer.config, "window", 0):
         order = torch.arange(20).flip(0)
@@ -257,12 +272,14 @@ def permutation_equivariant(case: Case) -> None:
 def padding_is_invisible(case: Case) -> None:
     """Left padding == unpadded, and what stands at padding, wherever it is, changes no real token."""
     mixer, inputs = case.mixer(), draw(case.shape, 40)
-    left = contexts(inputs)["left padding"]
-    alone = inputs.take(slice(5, None), slice(1, 2))
-    close(call(mixer, left)[1:2, :, 5:], call(mixer, alone), 1e-9, "left padding against unpadded")
-    close(call(mixer, left)[:1], call(mixer, inputs.take(slice(None), slice(0, 1))), 1e-9, "the unpadded row")
+    structures = contexts(inputs)
+    if left := structures.get("left padding"):
+        alone = inputs.take(slice(5, None), slice(1, 2))
+        close(call(mixer, left)[1:2, :, 5:], call(mixer, alone), 1e-9, "left padding against unpadded")
+        close(call(mixer, left)[:1], call(mixer, inputs.take(slice(None), slice(0, 1))), 1e-9, "the unpadded row")
     for what in ("left padding", "padding inside"):
-        padded = contexts(inputs)[what]
+        if (padded := structures.get(what)) is None:
+            continue
         hidden = ~padded.ctx.valid_BT[:, None, :, None] if padded.ctx.valid_BT is not None else None
         assert hidden is not None
         filled = [x.masked_fill(hidden, 50.0) for x in (padded.q, padded.k, padded.v)]
@@ -272,6 +289,8 @@ def padding_is_invisible(case: Case) -> None:
 
 def packed_equals_alone(case: Case) -> None:
     """Documents in one row never see each other: outputs and every gradient are those of each alone."""
+    if case.shape.image:
+        return  # one image per row
     mixer, tokens = case.mixer(), 53
     for borders in ((20, 41), (1, 52), (17,)):
         drawn = draw(case.shape, tokens, batch=1)
@@ -291,11 +310,13 @@ def packed_equals_alone(case: Case) -> None:
 
 
 def grouped_equals_repeated(case: Case) -> None:
-    """G key/value heads == the same heads repeated for every query head; head is axis 0 of every parameter."""
+    """G key/value heads == the same heads repeated for every query head; head is axis 0 of every parameter (a head of
+    the mixer's own, where it joins several)."""
     grouped, inputs = case.mixer(), draw(case.shape, 30)
     H, G, group = case.shape.heads, case.shape.kv_heads, case.shape.group
     for name, parameter in grouped.named_parameters():
-        assert parameter.shape[0] in (H, G), f"{name}: axis 0 of {tuple(parameter.shape)} is no head"
+        heads = (H, G, H // grouped.joined)
+        assert parameter.shape[0] in heads, f"{name}: axis 0 of {tuple(parameter.shape)} is no head"
     repeated = replace(case, shape=replace(case.shape, kv_heads=H)).mixer()
     with torch.no_grad():
         for target, source in zip(repeated.parameters(), grouped.parameters()):
@@ -307,7 +328,7 @@ def grouped_equals_repeated(case: Case) -> None:
 def heads_are_apart(case: Case) -> None:
     """What one query head or its parameters do is no other group's business (tensor parallelism rests on it)."""
     mixer, inputs = case.mixer(), draw(case.shape, 30)
-    before, group = call(mixer, inputs), case.shape.group
+    before, group = call(mixer, inputs), max(case.shape.group, mixer.joined)
     with torch.no_grad():
         for parameter in mixer.parameters():
             parameter[0].add_(0.5)  # head 0, or key/value head 0: in the first group either way
@@ -342,7 +363,7 @@ def stays_float32(case: Case) -> None:
 
 def rounds_like_its_inputs(case: Case) -> None:
     """bfloat16 inputs cost what rounding them costs, at every depth of a long sequence."""
-    small = replace(case, shape=replace(case.shape, heads=2, kv_heads=1, width=16))
+    small = replace(case, shape=replace(case.shape, heads=2, kv_heads=1, width=16)) if case.shape.causal else case
     mixer = small.mixer(torch.float32)
     inputs = draw(small.shape, 8192 if mixer.recurrent else 1024, batch=1)
     exact = small.mixer()

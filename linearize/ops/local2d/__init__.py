@@ -37,7 +37,7 @@ def local2d(
     impl: str = "auto",
 ) -> Local2dOutput:
     """Softmax of scale * q.k over the patches less than `radius` away: dy^2 + dx^2 < radius^2, strictly, clipped at the
-    borders. CLEAR (2412.16112) section 3.2.
+    borders. CLEAR (2412.16112).
 
     T = prefix + rows * columns + suffix tokens, the patches row by row. The others (CLS, registers, text) see
     everybody and are seen by everybody. valid_BT: False at keys nobody sees (None: all are seen). Computed in float32

@@ -1,0 +1,173 @@
+"""LiT: linear attention with few heads, and a depthwise convolution over the grid of patches.
+
+Wang et al., "LiT: Delving into a Simplified Linear Diffusion Transformer for Image Generation" (2501.12976).
+
+    o_i = phi(q_i) S / phi(q_i) z + conv(v)_i,   S = sum_j phi(k_j) v_j^T,   z = sum_j phi(k_j),   phi = relu
+
+The teacher's heads are regrouped into fewer, wider ones: the same columns of q, k, v and o side by side, so that
+nothing is re-initialised and S has more of a rank. Ours: the convolution starts at zero; sums are float32; the options.
+InLine (2412.06590): o_i = s/N phi(q_i) S + (1 - s/N phi(q_i) z) mean(v), weights that add up to one unforced.
+Centred q and k, and their instance norm: T5 (2605.02772).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from linearize.mixers.base import Mixer, MixerConfig
+from linearize.mixers.parts import FeatureMap, FeatureMapName, patch_grid
+from linearize.ops._dispatch import compute_dtype
+from linearize.ops.bidirectional import bidirectional
+from linearize.types import Context, Cost, InputError, SiteShape, StateSpec
+
+
+class LiT(Mixer):
+    """Linear attention over regrouped heads plus a depthwise convolution on v. Tokens that are no patches take part in
+    the attention and pass the convolution by."""
+
+    paper = "https://arxiv.org/abs/2501.12976"
+    kinds = frozenset({"bidirectional"})
+    needs = frozenset({"grid"})
+    refuses = {
+        "LLM": "its convolution reads the patches around each one, and text has none: use hedgehog",
+        "encoder": "its convolution reads the patches around each one, and text has none: use hedgehog",
+    }
+
+    class Config(MixerConfig):
+        heads: int | None = Field(default=None, ge=1, description="after regrouping; None: a quarter of the teacher's")
+        feature_map: FeatureMapName = "relu"
+        kernel: int = Field(default=5, ge=1, description="side of the convolution, odd")
+        normaliser: Literal["sum", "inline"] = "sum"
+        norm: Literal["none", "center", "instance"] = Field(default="none", description="of q and k over the tokens")
+        eps: float = Field(default=1e-6, gt=0)
+
+    config: Config
+
+    def __init__(self, shape: SiteShape, config: Config) -> None:
+        super().__init__(shape, config)
+        c, H, V = config, shape.heads, shape.value_dim
+        self.heads = c.heads or min(h for h in range(1, H + 1) if H % h == 0 and 4 * h >= H)
+        if H % self.heads:
+            raise InputError(f"lit: {H} heads cannot be regrouped into {self.heads}; heads: one of {_divisors(H)}")
+        if c.kernel % 2 == 0:
+            raise InputError(f"lit: kernel: {c.kernel} has no middle; use {c.kernel + 1}")
+        self.joined = H // self.heads
+        self.map_q = FeatureMap(c.feature_map, self.heads, shape.key_dim * self.joined)
+        self.map_k = FeatureMap(c.feature_map, self.heads, shape.key_dim * self.joined)
+        self.filter_HVYX = nn.Parameter(torch.zeros(H, V, c.kernel, c.kernel))
+        self.bias_HV = nn.Parameter(torch.zeros(H, V))
+
+    @property
+    def signed(self) -> bool:
+        return self.config.normaliser == "inline"
+
+    # -------------------------------------------------------------------------------------------- the function
+    def parallel(self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTV: Tensor, ctx: Context) -> Tensor:
+        grid = patch_grid(ctx, "lit")
+        v_BHTV = v_BGTV.to(compute_dtype(q_BHTK, v_BGTV)).repeat_interleave(self.shape.group, 1)
+        if ctx.valid_BT is not None:
+            v_BHTV = v_BHTV * ctx.valid_BT[:, None, :, None]
+        out = self._attention(q_BHTK, k_BGTK, v_BHTV, ctx).unflatten(3, (self.joined, -1)).transpose(2, 3).flatten(1, 2)
+        patches = slice(ctx.prefix, v_BHTV.shape[2] - ctx.suffix)
+        local = self._convolution(v_BHTV[:, :, patches], grid)
+        return (out + F.pad(local, (0, 0, ctx.prefix, ctx.suffix))).to(q_BHTK.dtype)
+
+    def _attention(self, q_BHTK: Tensor, k_BGTK: Tensor, v_BHTV: Tensor, ctx: Context) -> Tensor:
+        """[B, heads, T, joined * V]"""
+        phi_q, phi_k = self._features(q_BHTK, k_BGTK, ctx)
+        v = self._regroup(v_BHTV)
+        out = bidirectional(phi_q, phi_k, v)
+        if self.config.normaliser == "sum":
+            return out.numerator / (out.normaliser + self.config.eps)[..., None]
+        count, gain = self._count(ctx, v), self._gain(ctx, v)
+        mean = v.sum(2, keepdim=True) / count
+        return gain * out.numerator + (1 - gain * out.normaliser[..., None]) * mean
+
+    def _features(self, q_BHTK: Tensor, k_BGTK: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+        """Of regrouped heads, [B, heads, T, F]; zero at keys that are padding."""
+        dtype = compute_dtype(q_BHTK)
+        q = self._regroup(self._normed(q_BHTK.to(dtype), ctx))
+        k = self._regroup(self._normed(k_BGTK.to(dtype), ctx).repeat_interleave(self.shape.group, 1))
+        phi_q, phi_k = self.map_q(q), self.map_k(k)
+        return phi_q, phi_k if ctx.valid_BT is None else phi_k * ctx.valid_BT[:, None, :, None]
+
+    def _normed(self, x_BHTK: Tensor, ctx: Context) -> Tensor:
+        if self.config.norm == "none":
+            return x_BHTK
+        real = 1.0 if ctx.valid_BT is None else ctx.valid_BT[:, None, :, None]
+        count = self._count(ctx, x_BHTK)
+        x = x_BHTK - (x_BHTK * real).sum(2, keepdim=True) / count
+        if self.config.norm == "center":
+            return x
+        return x / ((x**2 * real).sum(2, keepdim=True) / count + 1.0).sqrt()  # the paper's own eps is that large
+
+    def _count(self, ctx: Context, like_BHTV: Tensor) -> Tensor:
+        """Real tokens, [B or 1, 1, 1, 1]."""
+        if ctx.valid_BT is None:
+            return like_BHTV.new_tensor(like_BHTV.shape[2]).view(1, 1, 1, 1)
+        return ctx.valid_BT.sum(1).to(like_BHTV.dtype).view(-1, 1, 1, 1)
+
+    def _gain(self, ctx: Context, like_BHTV: Tensor) -> Tensor:
+        return ctx.scale / self._count(ctx, like_BHTV)
+
+    def _regroup(self, x_BHTV: Tensor) -> Tensor:
+        """`joined` heads become one with all of their columns."""
+        return x_BHTV.unflatten(1, (self.heads, self.joined)).transpose(2, 3).flatten(3)
+
+    def _convolution(self, v_BHNV: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Over the patches, row by row in and out: [B, H, N, V]."""
+        B, H, N, V = v_BHNV.shape
+        image = v_BHNV.transpose(2, 3).reshape(B, H * V, *grid)
+        weight, bias = self.filter_HVYX.to(image.dtype).flatten(0, 1)[:, None], self.bias_HV.to(image.dtype).flatten()
+        out = F.conv2d(image, weight, bias, padding=self.config.kernel // 2, groups=H * V)
+        return out.view(B, H, V, N).transpose(2, 3)
+
+    # ------------------------------------------------------------------------------------------- the definition
+    def dense(self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTV: Tensor, ctx: Context, rows: slice = slice(None)) -> Tensor:
+        phi_q, phi_k = self._features(q_BHTK, k_BGTK, ctx)
+        visible_BTT = ctx.visible(q_BHTK, rows)[:, None]
+        weights = (phi_q[:, :, rows] @ phi_k.mT) * visible_BTT
+        total = weights.sum(-1, keepdim=True)
+        if self.config.normaliser == "sum":
+            weights = weights / (total + self.config.eps)
+        else:
+            gain, count = self._gain(ctx, weights), self._count(ctx, weights)
+            weights = gain * weights + (1 - gain * total) / count * visible_BTT
+        return weights.repeat_interleave(self.joined, 1)
+
+    def beside(self, v_BGTV: Tensor, ctx: Context) -> Tensor:
+        rows, columns = patch_grid(ctx, "lit")
+        v = v_BGTV.repeat_interleave(self.shape.group, 1)
+        if ctx.valid_BT is not None:
+            v = v * ctx.valid_BT[:, None, :, None]
+        out, reach = torch.zeros_like(v), self.config.kernel // 2
+        for i in range(rows * columns):
+            y, x = divmod(i, columns)
+            out[:, :, ctx.prefix + i] += self.bias_HV
+            for b in range(max(0, y - reach), min(rows, y + reach + 1)):
+                for a in range(max(0, x - reach), min(columns, x + reach + 1)):
+                    tap_HV = self.filter_HVYX[:, :, b - y + reach, a - x + reach]
+                    out[:, :, ctx.prefix + i] += tap_HV * v[:, :, ctx.prefix + b * columns + a]
+        return out
+
+    # ------------------------------------------------------------------------------------------------ accounts
+    def state_spec(self) -> list[StateSpec]:
+        return []
+
+    def cost(self, tokens: int) -> Cost:
+        s, wide, features = self.shape, self.shape.value_dim * self.joined, self.map_q.features
+        maps = 4 * s.key_dim * self.joined * self.map_q.columns * self.heads
+        maps = maps if any(True for _ in self.map_q.parameters()) else 0
+        sums = 4 * features * (wide + 1) * self.heads
+        convolution = 2 * self.config.kernel**2 * s.heads * s.value_dim
+        moved = 4 * (2 * s.heads * s.key_dim + 2 * s.heads * s.value_dim)
+        return Cost(float(tokens * (maps + sums + convolution)), float(tokens * moved))
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
