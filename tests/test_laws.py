@@ -33,6 +33,9 @@ SETTINGS = {
         {"window": 9, "combine": "lolcats", "feature_map": "exp"},
         {"window": 4, "sinks": 2, "rope": "undo", "share": "kv"},
         {"window": 1, "feature_map": "t2r"},
+        {"decay": "learned"},
+        {"decay": "gated", "share": "kv"},
+        {"decay": "gated", "window": 4, "sinks": 2, "rope": "undo"},
     ],
     "window": [{"window": 5, "sinks": 0}, {"window": 1, "sinks": 3}],
 }
@@ -168,6 +171,15 @@ def test_methods_of_images_refuse_what_is_none():
         mixers.build("lit", IMAGE, {"heads": 3})
     with pytest.raises(InputError, match="kernel: 4 has no middle; use 5"):
         mixers.build("lit", IMAGE, {"kernel": 4})
+
+
+def test_hedgehog_that_hardly_fades_is_hedgehog():
+    inputs = draw(SHAPE, 40)
+    faded = Case("hedgehog", {"decay": "gated", "half_lives": [1e12, 1e13]}).mixer()
+    plain = Case("hedgehog").mixer()
+    faded.load_state_dict(plain.state_dict(), strict=False)
+    faded.gate_HKF.data.zero_()
+    close(call(faded, inputs), call(plain, inputs), 1e-9)
 
 
 def test_none_is_a_window_of_one():

@@ -5,20 +5,29 @@ Zhang et al., "The Hedgehog & the Porcupine" (2402.04347); hybrid form of LoLCAT
     y_t = phi_q(q_t) S_t / phi_q(q_t) z_t,   S_t = sum_{s <= t} phi_k(k_s) v_s^T,   z_t = sum_{s <= t} phi_k(k_s)
 
 and in encoders the same with sums over all s. With `window: w` the last w tokens (in encoders: those less than w away
-on either side; and `sinks: n` first ones) are exact softmax and the sums run over all others.
-Ours: sinks are kept out of the state; the rule "lse"; maps shared per key/value head; the linear branch without RoPE;
-the normaliser is the state's last column, in float32; padding is zeroed after the map.
+on either side; and `sinks: n` first ones) are exact softmax and the sums run over all others. With `decay` S and z fade
+on the way, each feature at its own rate: S_t = exp(g_t) S_{t-1} + .., g_t = -softplus(r + W_g k_t); "learned": r alone.
+Ours: decay (the paper's state keeps everything; the gates are GLA's, 2312.06635); sinks are kept out of the state; the
+rule "lse"; maps shared per key/value head; the linear branch without RoPE; the normaliser is the state's last column,
+in float32; padding is zeroed after the map.
 """
 
 from __future__ import annotations
 
+import math
+from typing import Literal
+
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
 
 from linearize.mixers.parts import Branches, Hybrid, HybridConfig
+from linearize.ops._dispatch import compute_dtype
 from linearize.ops.bidirectional import bidirectional
+from linearize.ops.gated_linear import gated_linear, gated_weights
 from linearize.ops.linear import linear
-from linearize.types import Context, Cost, State, StateSpec
+from linearize.types import Context, Cost, SiteShape, State, StateSpec, Unsupported
 
 
 class Hedgehog(Hybrid):
@@ -26,7 +35,29 @@ class Hedgehog(Hybrid):
     came."""
 
     paper = "https://arxiv.org/abs/2402.04347"
-    Config = HybridConfig
+
+    class Config(HybridConfig):
+        decay: Literal["none", "learned", "gated"] = Field(
+            default="none", description="does the state fade: never, by a rate per feature, also by the key"
+        )
+        half_lives: tuple[float, float] = Field(
+            default=(4.0, 1024.0), description="tokens; where fading starts: the features' span, even in logarithm"
+        )
+
+    config: Config
+
+    def __init__(self, shape: SiteShape, config: Config) -> None:
+        super().__init__(shape, config)
+        if config.decay == "none":
+            return
+        if not shape.causal:
+            raise Unsupported("decay fades the past, which a bidirectional layer does not have: set decay: none")
+        low, high = (math.log(n) for n in config.half_lives)
+        lives_C = torch.linspace(low, high, self.map_q.columns).exp()  # the halves of a split map share theirs
+        rate_F = (math.log(2) / lives_C).expm1().log().repeat(self.map_q.features // self.map_q.columns)
+        self.rate_HF = nn.Parameter(rate_F.repeat(self.key_heads, 1))
+        if config.decay == "gated":
+            self.gate_HKF = nn.Parameter(torch.zeros(self.key_heads, shape.key_dim, self.map_q.features))
 
     # -------------------------------------------------------------------------------------------- the function
     def both(
@@ -36,7 +67,9 @@ class Hedgehog(Hybrid):
             state = self.empty_state(q_BHTK.shape[0], q_BHTK.device, k_BGTK.dtype)
         q_lin, k_lin = self._unrotated(q_BHTK, k_BGTK, ctx)
         if self.local is None:
-            far, mass, state = self._linear(q_lin, k_lin, v_BGTV, ctx.valid_BT, ctx, state[:1])
+            far, mass, state = self._linear(
+                q_lin, k_lin, v_BGTV, ctx.valid_BT, ctx, state[:1], self._fading(k_lin, ctx)
+            )
             return Branches(None, far, mass), state
         if not self.shape.causal:
             far, mass, _ = self._linear(q_lin, k_lin, v_BGTV, ctx.valid_BT, ctx, gap=self.local.width)
@@ -48,18 +81,31 @@ class Hedgehog(Hybrid):
             keys = torch.cat([rest[0].to(k_lin.dtype), k_lin], 2)
             T = k_lin.shape[2]
             far_k, kept_raw = keys[:, :, :T], (keys[:, :, T:],)
-        far, mass, sums = self._linear(q_lin, far_k, local.far_v, local.far, ctx, state[:1])
+        fading = self._fading(k_lin, ctx)  # by the tokens of this call, while the keys are those that left the window
+        far, mass, sums = self._linear(q_lin, far_k, local.far_v, local.far, ctx, state[:1], fading)
         return Branches(local, far, mass), (*sums, *local.kept, *kept_raw)
 
     def _linear(
-        self, q: Tensor, k: Tensor, v: Tensor, valid_BT: Tensor | None, ctx: Context, state: State = (), gap: int = 0
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        valid_BT: Tensor | None,
+        ctx: Context,
+        state: State = (),
+        fading: Tensor | None = None,
+        gap: int = 0,
     ) -> tuple[Tensor, Tensor, State]:
         """(output_BHTV, mass_BHT, new sums). gap, of bidirectional layers: nearer keys are the window's."""
         phi_q, phi_k = self.map_q(q), self._map_keys(k)
         if valid_BT is not None:
             phi_k = phi_k * valid_BT[:, None, :, None]
         if self.shape.causal:
-            out = linear(phi_q, phi_k, v, state=state[0] if state else None, segments_BT=ctx.segments_BT)
+            sums, segments = state[0] if state else None, ctx.segments_BT
+            if fading is None:
+                out = linear(phi_q, phi_k, v, state=sums, segments_BT=segments)
+            else:
+                out = gated_linear(phi_q, phi_k, v, fading, state=sums, segments_BT=segments)
             state = (out.state,)
         else:
             out = bidirectional(phi_q, phi_k, v, gap=gap, segments_BT=ctx.segments_BT)
@@ -67,22 +113,38 @@ class Hedgehog(Hybrid):
 
     def linear_alone(self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTV: Tensor, ctx: Context) -> Tensor:
         q_lin, k_lin = self._unrotated(q_BHTK, k_BGTK, ctx)
-        return self._linear(q_lin, k_lin, v_BGTV, ctx.valid_BT, ctx)[0]
+        return self._linear(q_lin, k_lin, v_BGTV, ctx.valid_BT, ctx, fading=self._fading(k_lin, ctx))[0]
+
+    def _fading(self, k_BGTK: Tensor, ctx: Context) -> Tensor | None:
+        """Log gates broadcastable to [B, key heads, T, F], 0 at padding; None where nothing fades."""
+        if self.config.decay == "none":
+            return None
+        dtype = compute_dtype(k_BGTK)
+        rate = self.rate_HF.to(dtype)[:, None]
+        if self.config.decay == "gated":
+            rate = rate + self._for_key_heads(k_BGTK).to(dtype) @ self.gate_HKF.to(dtype)
+        fading = -F.softplus(rate)
+        return fading if ctx.valid_BT is None else fading * ctx.valid_BT[:, None, :, None]
 
     # ------------------------------------------------------------------------------------------- the definition
     def far_weights(
         self, q_BHTK: Tensor, k_BGTK: Tensor, ctx: Context, seen_BTT: Tensor, gap: int, rows: slice
     ) -> Tensor:
         q_lin, k_lin = self._unrotated(q_BHTK, k_BGTK, ctx)
-        phi_k = self._for_heads(self._map_keys(k_lin))
-        return (self.map_q(q_lin[:, :, rows]) @ phi_k.mT) * seen_BTT[:, None]
+        phi_q, phi_k = self.map_q(q_lin[:, :, rows]), self._for_heads(self._map_keys(k_lin))
+        fading = self._fading(k_lin, ctx)
+        if fading is None:
+            return (phi_q @ phi_k.mT) * seen_BTT[:, None]
+        fading_BHTF = self._for_heads(fading[(None,) * (4 - fading.ndim)]).expand(-1, -1, phi_k.shape[2], -1)
+        return gated_weights(phi_q, phi_k, fading_BHTF, seen_BTT, gap=gap, rows=rows)
 
     # ------------------------------------------------------------------------------------------------ accounts
     def state_spec(self) -> list[StateSpec]:
-        s, F = self.shape, self.map_q.features
+        s = self.shape
         if not s.causal:
             return []
-        specs = [StateSpec("sums", (-1, self.key_heads, F, s.value_dim + 1), torch.float32, 1)]
+        sums = (-1, self.key_heads, self.map_q.features, s.value_dim + 1)
+        specs = [StateSpec("sums", sums, torch.float32, 1)]
         if self.local:
             specs += self.local.state_spec()
             if self.needs_rotary:
@@ -91,10 +153,12 @@ class Hedgehog(Hybrid):
         return specs
 
     def cost(self, tokens: int) -> Cost:
-        s, F, C, w = self.shape, self.map_q.features, 64, self.config.window
+        s, n, C, w = self.shape, self.map_q.features, 64, self.config.window
         maps = 2 * s.key_dim * self.map_q.columns * (s.heads + self.key_heads)
-        state = 4 * F * (s.value_dim + 1) * s.heads
-        inside = 2 * C * (F + s.value_dim) * s.heads
+        state = 4 * n * (s.value_dim + 1) * s.heads
+        inside = 2 * C * (n + s.value_dim) * s.heads
+        if self.config.decay == "gated":
+            maps += 2 * s.key_dim * n * self.key_heads
         near = 2 * (w + self.config.sinks) * (s.key_dim + s.value_dim) * s.heads
         if not s.causal:  # one product each way, or with a window a scan from either side
             state, inside, near = (state, 0, 0) if not w else (2 * state, 2 * inside, 2 * near)
