@@ -281,44 +281,56 @@ def bench(
     *,
     recipe: str | Path | Mapping[str, Any] | None = None,
     overrides: Mapping[str, Any] | Iterable[str | tuple[str, Any]] = (),
-    lengths: str | Sequence[int] = (256, 1024, 4096),
+    lengths: str | Sequence[int] | None = None,
     batch: int = 1,
     repeats: int = 5,
     device: str = "auto",
     output_dir: str | Path | None = None,
+    random_weights: bool = False,
     trust_remote_code: bool = False,
 ) -> Benched:
-    """Time a teacher and its untrained conversion in turns: prefill, decoding, transfer; and the bytes each keeps.
+    """Time a teacher and its untrained conversion in turns: prefill, decoding, transfer, and the bytes each keeps; of
+    images one forward, and the most memory it takes.
 
-    lengths in tokens. output_dir: a folder for the result file. Raises InputError, Unsupported, StorageError.
+    lengths in tokens, of images in pixels of a side. output_dir: a folder for the result file. random_weights: a model
+    of the same form, or of the recipe's `model.form`, nothing downloaded. Raises InputError, Unsupported, StorageError.
     """
+    import torch
+
     from linearize import models
-    from linearize.evaluate.speed import UNITS, speed
+    from linearize.evaluate.speed import IMAGE_UNITS, UNITS, speed
     from linearize.report import provenance, schema
     from linearize.surgery.attach import attach
     from linearize.types import InputError
 
-    resolved = resolve(model, method, recipe, overrides, trust_remote_code=trust_remote_code)
+    resolved = resolve(model, method, recipe, overrides, trust_remote_code=trust_remote_code, offline=random_weights)
     plan = resolved.plan
     try:
-        wanted = [int(n) for n in lengths.split(",")] if isinstance(lengths, str) else list(lengths)
+        wanted = [int(n) for n in lengths.split(",")] if isinstance(lengths, str) else list(lengths or ())
     except ValueError:
-        raise InputError(f"--lengths {lengths}: write numbers of tokens, 256,1024,4096") from None
+        raise InputError(f"--lengths {lengths}: write numbers of tokens (or pixels), 256,1024,4096") from None
     subject: Any = model
-    if resolved.source is not None:
+    if random_weights:
+        torch.manual_seed(plan.seed)
+        subject = type(models.skeleton(resolved.config, trust_remote_code))(resolved.config).eval()
+        subject.to("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"))
+    elif resolved.source is not None:
         subject = models.load_model(
             resolved.source, dtype=plan.model.dtype, device=device, trust_remote_code=trust_remote_code
         ).model
     name = Path(str(plan.model.id or "embedded")).stem.lower()
     surgery = attach(subject, choose(plan, subject)[1], plan.method.name, plan.mixer())
+    images = subject.main_input_name == "pixel_values"
+    wanted = wanted or ([224, 512, 1024, 2048] if images else [256, 1024, 4096])
     rows = speed(surgery, wanted, batch=batch, repeats=repeats)
     made = schema.Bench(
         **provenance.gather(device=next(subject.parameters()).device),
         name=f"{name}-{plan.method.name}",
         settings={"batch": batch, "repeats": repeats, "dtype": str(subject.dtype).removeprefix("torch."),
                   "mixer": plan.mixer().model_dump(mode="json")},
-        units=UNITS,
+        units=IMAGE_UNITS if images else UNITS,
         rows=[schema.Measure(name=row, metrics=metrics) for row, metrics in rows.items()],
+        notes=["random weights of this form"] if random_weights else [],
     )  # fmt: skip
     file = None
     if output_dir is not None:

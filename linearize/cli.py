@@ -187,8 +187,10 @@ def evaluate(
 
 def bench(
     model: Model = None,
-    lengths: Annotated[str, typer.Option("--lengths", help="Tokens, by commas.")] = "256,1024,4096",
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Sequences at a time.")] = 1,
+    lengths: Annotated[
+        str | None, typer.Option("--lengths", help="Tokens, by commas; of images pixels of a side: 224,512,1024,2048.")
+    ] = None,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Sequences or images at a time.")] = 1,
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Times each, in turns.")] = 5,
     method: Method = None,
     recipe: Recipe = None,
@@ -196,10 +198,13 @@ def bench(
     dtype: Dtype = None,
     device: Device = "auto",
     output_dir: Output = None,
+    random_weights: Annotated[
+        bool, typer.Option("--random-weights", help="A model of this form, nothing downloaded.")
+    ] = False,
     trust_remote_code: Trust = False,
     json: Json = False,
 ) -> None:
-    """Time teacher and student side by side: prefill, decoding, transfer, bytes kept."""
+    """Time teacher and student side by side: prefill, decoding, transfer, bytes kept; of images forward and memory."""
     _show(
         api.bench(
             model,
@@ -211,6 +216,7 @@ def bench(
             repeats=repeats,
             device=device,
             output_dir=output_dir,
+            random_weights=random_weights,
             trust_remote_code=trust_remote_code,
         ),
         json,
