@@ -352,12 +352,12 @@ def check_size(size: tuple[int, int], tower: Tower) -> None:
 def interpolates(config: Any, size: tuple[int, int]) -> bool | None:
     """Whether a model of `config` must be told to interpolate its position embeddings for images of `size`; None where
     it cannot take that size."""
-    import transformers
+    from transformers import MODEL_MAPPING
 
     inner = getattr(config, "vision_config", None) or config
     if Tower.of(inner).image in (None, size) or _family(inner).model_type in _ANY_SIZE:
         return False
-    model = transformers.MODEL_MAPPING.get(_family(inner), None)
+    model: Any = MODEL_MAPPING.get(_family(inner), None)
     taken = model is not None and "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
     return taken or None
 
