@@ -119,7 +119,7 @@ def measure(
                 else:
                     with enter() as other:
                         logits = _logits(chosen(model, other), ids_BT, mask_BT)
-                found[name][:, spots] = _against(known, logits, _next(ids_BT, mask_BT))
+                found[name][:, spots] = against(known, logits, _next(ids_BT, mask_BT))
                 if not found[name][0, spots].isfinite().all():
                     raise GateError(f"row {name!r}: logits are not finite; look for NaN or inf in the model's weights")
                 advance(len(some))
@@ -212,17 +212,17 @@ def _logits(model: nn.Module, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
 
 def _log_probabilities(model: nn.Module, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
     logits = _logits(model, ids_BT, mask_BT)
-    out = torch.empty(logits.shape, dtype=_precise(logits), device=logits.device)
+    out = torch.empty(logits.shape, dtype=precise(logits), device=logits.device)
     for at in range(0, len(logits), _ROWS):
         out[at : at + _ROWS] = logits[at : at + _ROWS].to(out.dtype).log_softmax(-1)
     return out
 
 
-def _precise(t: Tensor) -> torch.dtype:
+def precise(t: Tensor) -> torch.dtype:
     return torch.float64 if t.dtype == torch.float64 else torch.float32
 
 
-def _against(known_NV: Tensor, logits_NV: Tensor, next_N: Tensor) -> Tensor:
+def against(known_NV: Tensor, logits_NV: Tensor, next_N: Tensor) -> Tensor:
     """[3, n] on the CPU: nll of the next tokens, KL(known || logits), same first token."""
     out = torch.empty(3, len(next_N), dtype=torch.float64)
     for at in range(0, len(next_N), _ROWS):
