@@ -47,6 +47,15 @@ def identities(model):
     }
 
 
+def row(x, i):
+    """Of inputs for two, those of one."""
+    if isinstance(x, dict):
+        return {k: row(v, i) for k, v in x.items()}
+    if isinstance(x, list):
+        return x[i : i + 1]
+    return x[i : i + 1] if isinstance(x, torch.Tensor) and x.shape[0] == 2 else x
+
+
 def watched(model, surgery, inputs):
     """(site, tokens, context) of every converted call of one forward."""
     seen = []
@@ -116,14 +125,6 @@ def test_a_batch_for_guidance_equals_each_alone(family):
     surgery = linearize.attach(model, None, "none")
     both = small_inputs(model, grid_of(family), 2, TEXT)
     together = run(model, both)
-
-    def row(x, i):
-        if isinstance(x, dict):
-            return {k: row(v, i) for k, v in x.items()}
-        if isinstance(x, list):
-            return x[i : i + 1]
-        return x[i : i + 1] if isinstance(x, torch.Tensor) and x.shape[0] == 2 else x
-
     for i in range(2):
         alone = {k: row(v, i) for k, v in both.items()}
         torch.testing.assert_close(together[i : i + 1], run(model, alone), atol=2e-5, rtol=0)
@@ -145,6 +146,66 @@ def test_a_copy_is_a_model_of_its_own(family):
     linearize.Surgery.of(other).detach()
     assert torch.equal(run(other, large), expected)
     assert not any(m._forward_pre_hooks or m._forward_pre_hooks_with_kwargs for m in other.modules())
+
+
+# ---------------------------------------------------------------------------------------------------- what is computed
+@every
+def test_hedgehog_converts_forward_and_backward(family):
+    """Every parameter is reached; a batch equals each alone, captions of several lengths and padding included."""
+    model = pico_diffusion(family)
+    surgery = linearize.attach(model, None, "hedgehog")
+    both = small_inputs(model, grid_of(family), 2, TEXT)
+    out = output(model, both)
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(3))
+    gradients = torch.autograd.grad((out * weight).sum(), surgery.parameters())
+    assert all(g.isfinite().all() and g.abs().max() > 0 for g in gradients)
+    together = run(model, both)
+    for i in range(2):
+        alone = {k: row(v, i) for k, v in both.items()}
+        torch.testing.assert_close(together[i : i + 1], run(model, alone), atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("family", [f for f in DIFFUSION if f not in VIDEO])
+def test_clear_beyond_the_diagonal_is_the_teacher(family):
+    model = pico_diffusion(family)
+    inputs = small_inputs(model, grid_of(family), 2, TEXT)
+    teacher = run(model, inputs)
+    linearize.attach(model, None, "clear", {"radius": 30})
+    torch.testing.assert_close(run(model, inputs), teacher, atol=1e-4, rtol=0)
+    linearize.attach(model, None, "clear", {"radius": 2})
+    near = run(model, inputs)
+    assert (near - teacher).abs().max() > 1e-4
+    for i in range(2):
+        alone = {k: row(v, i) for k, v in inputs.items()}
+        torch.testing.assert_close(near[i : i + 1], run(model, alone), atol=2e-4, rtol=0)
+
+
+@joint
+@pytest.mark.parametrize("rule", ["lse", "lolcats"])
+def test_text_stays_exact(family, rule):
+    """Joint hedgehog is its dense twin; rows of text are the teacher's."""
+    model = pico_diffusion(family)
+    surgery = linearize.attach(model, None, "hedgehog", {"combine": rule})
+    calls = []
+
+    def look(site, mixer, q, k, v, ctx, out):
+        calls.append((mixer.double(), *(x.double() for x in (q, k, v)), ctx, out.double()))
+
+    with torch.no_grad(), surgery.watch(look):
+        output(model, small_inputs(model, grid_of(family), 2, TEXT))
+        assert calls
+        for mixer, q, k, v, ctx, out in calls:
+            for parameter in mixer.parameters():
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.3)
+            found = mixer(q, k, v, ctx)
+            wrong = (found - mixer.dense(q, k, v, ctx) @ v).abs().amax((1, 3))  # rows of padding are nobody's business
+            assert (wrong if ctx.valid_BT is None else wrong[ctx.valid_BT]).max() < 1e-9
+            if mixer.shape.joint:
+                text = [*range(ctx.prefix), *range(q.shape[2] - ctx.suffix, q.shape[2])]
+                text = [t for t in text if ctx.valid_BT is None or ctx.valid_BT[:, t].all()]
+                torch.testing.assert_close(found[:, :, text], out[:, :, text], atol=1e-5, rtol=0)
+                with surgery.ablate("linear_off"):
+                    assert not torch.allclose(mixer(q, k, v, ctx), found)
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals

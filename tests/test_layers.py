@@ -35,6 +35,7 @@ MAY_IMPORT = {
     "evaluate": {"data", "mixers", "plan", "progress", "stages", "surgery", "types"},
     "testing": {"mixers", "ops", "types"},
     "answers": {"report"},
+    "pipelines": {"mixers", "seams", "storage", "surgery", "types"},
     "resolve": {"answers", "mixers", "models", "plan", "recipe", "surgery", "types"},
 }
 #: the top joins everything below it

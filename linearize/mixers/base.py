@@ -7,6 +7,7 @@ checkpoint is the base plus the mixer's own keys. Head is axis 0 of every parame
 from __future__ import annotations
 
 import importlib
+import math
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -79,6 +80,10 @@ class Mixer(nn.Module, ABC):
     @abstractmethod
     def cost(self, tokens: int) -> Cost:
         """Forward cost of one sequence of `tokens`."""
+
+    def cost_of(self, grid: tuple[int, ...], others: int) -> Cost:
+        """Forward cost of one image of `grid` tokens beside `others` (text, CLS). Default: `cost` of them all."""
+        return self.cost(math.prod(grid) + others)
 
     def state_bytes(self, tokens: int) -> int:
         """Bytes kept per sequence after `tokens` tokens; constant for a recurrent mixer."""

@@ -4,8 +4,8 @@ Liu et al., "CLEAR: Conv-Like Linearization Revs Pre-Trained Diffusion Transform
 
     patch q reads patch k where (y_q - y_k)^2 + (x_q - x_k)^2 < r^2
 
-Tokens that are no patches (CLS, registers) read everybody and are read by everybody. Every parameter is inherited and
-none is new: with r beyond the diagonal of the grid it is the teacher.
+Tokens that are no patches (CLS, registers, text) read everybody and are read by everybody. Every parameter is
+inherited, none is new: with r beyond the diagonal of the grid it is the teacher.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Clear(Mixer):
     """Softmax over the patches less than `radius` away (193 of them at 8, 793 at 16), with the teacher's q, k, v."""
 
     paper = "https://arxiv.org/abs/2412.16112"
-    kinds = frozenset({"bidirectional"})
+    kinds = frozenset({"bidirectional", "joint"})
     needs = frozenset({"grid"})
     refuses = {
         "LLM": "a circle of patches has no past: on text its like is the method window",

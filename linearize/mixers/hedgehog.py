@@ -5,8 +5,10 @@ Zhang et al., "The Hedgehog & the Porcupine" (2402.04347); hybrid form of LoLCAT
     y_t = phi_q(q_t) S_t / phi_q(q_t) z_t,   S_t = sum_{s <= t} phi_k(k_s) v_s^T,   z_t = sum_{s <= t} phi_k(k_s)
 
 and in encoders the same with sums over all s. With `window: w` the last w tokens (in encoders: those less than w away
-on either side; and `sinks: n` first ones) are exact softmax and the sums run over all others. With `decay` S and z fade
-on the way, each feature at its own rate: S_t = exp(g_t) S_{t-1} + .., g_t = -softplus(r + W_g k_t); "learned": r alone.
+on either side; and `sinks: n` first ones) are exact softmax and the sums run over all others. Where text and an image
+stand in one sequence, text rows and columns are exact softmax and the sums run over the image. With `decay` S and z
+fade on the way, each feature at its own rate: S_t = exp(g_t) S_{t-1} + .., g_t = -softplus(r + W_g k_t); "learned": r
+alone.
 Ours: decay (the paper's state keeps everything; the gates are GLA's, 2312.06635); sinks are kept out of the state; the
 rule "lse"; maps shared per key/value head; the linear branch without RoPE; the normaliser is the state's last column,
 in float32; padding is zeroed after the map.
@@ -22,7 +24,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from linearize.mixers.parts import Branches, Hybrid, HybridConfig
+from linearize.mixers.parts import Branches, Hybrid, HybridConfig, beside_grid, text_softmax
 from linearize.ops._dispatch import compute_dtype
 from linearize.ops.bidirectional import bidirectional
 from linearize.ops.gated_linear import gated_linear, gated_weights
@@ -35,6 +37,7 @@ class Hedgehog(Hybrid):
     came."""
 
     paper = "https://arxiv.org/abs/2402.04347"
+    kinds = frozenset({"causal", "bidirectional", "joint"})
 
     class Config(HybridConfig):
         decay: Literal["none", "learned", "gated"] = Field(
@@ -66,6 +69,12 @@ class Hedgehog(Hybrid):
         if state is None:
             state = self.empty_state(q_BHTK.shape[0], q_BHTK.device, k_BGTK.dtype)
         q_lin, k_lin = self._unrotated(q_BHTK, k_BGTK, ctx)
+        if self.shape.joint:
+            text_T = beside_grid(ctx, q_BHTK)
+            image_BT = ~text_T.expand(len(q_BHTK), -1) if ctx.valid_BT is None else ctx.valid_BT & ~text_T
+            far, mass, _ = self._linear(q_lin, k_lin, v_BGTV, image_BT, ctx)
+            mass = mass.masked_fill(text_T, 0)  # text has read everybody already
+            return Branches(text_softmax(q_BHTK, k_BGTK, v_BGTV, ctx), far, mass), ()
         if self.local is None:
             far, mass, state = self._linear(
                 q_lin, k_lin, v_BGTV, ctx.valid_BT, ctx, state[:1], self._fading(k_lin, ctx)
@@ -111,6 +120,10 @@ class Hedgehog(Hybrid):
             out = bidirectional(phi_q, phi_k, v, gap=gap, segments_BT=ctx.segments_BT)
         return out.numerator / (out.normaliser + self.config.eps)[..., None], out.normaliser, state
 
+    @property
+    def needs_grid(self) -> bool:
+        return self.shape.joint
+
     def linear_alone(self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTV: Tensor, ctx: Context) -> Tensor:
         q_lin, k_lin = self._unrotated(q_BHTK, k_BGTK, ctx)
         return self._linear(q_lin, k_lin, v_BGTV, ctx.valid_BT, ctx, fading=self._fading(k_lin, ctx))[0]
@@ -151,6 +164,13 @@ class Hedgehog(Hybrid):
                 shape = (-1, s.kv_heads, self.config.window, s.key_dim)
                 specs.append(StateSpec("kept_raw_keys", shape, torch.bfloat16, 1))
         return specs
+
+    def cost_of(self, grid: tuple[int, ...], others: int) -> Cost:
+        tokens, s = math.prod(grid), self.shape
+        if not s.joint:
+            return self.cost(tokens + others)
+        text = 2.0 * others * (2 * tokens + others) * (s.key_dim + s.value_dim) * s.heads
+        return self.cost(tokens) + Cost(text, 8.0 * others * s.heads * (s.key_dim + s.value_dim))
 
     def cost(self, tokens: int) -> Cost:
         s, n, C, w = self.shape, self.map_q.features, 64, self.config.window

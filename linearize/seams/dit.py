@@ -33,6 +33,7 @@ class Tokens(Grid):
         self.further = 0
         self.starts: tuple[int, ...] | None = None
 
+    @torch.compiler.disable  # ids are values: a compiled transformer is compiled again for another grid
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         row = family(module)
         assert row is not None and row.grid is not None
@@ -128,22 +129,6 @@ def _ids(module: Any, inputs: dict[str, Any]) -> tuple[tuple[int, ...], int]:
     """Flux and its kin: (image, row, column, ...) of every token; further images have another first number."""
     ids = inputs["img_ids"]
     ids = ids[0] if ids.ndim == 3 else ids
-    if not torch.compiler.is_compiling():
-        return _read_ids(ids)
-    rows, columns, further = _constant_ids(ids)
-    expected = grid_ids(rows, columns, ids)
-    # The graph is of this grid: another one of as many tokens must not slip through.
-    torch._assert_async((ids[: rows * columns, 1:3] == expected).all(), "compiled for another grid of as many tokens")
-    return (rows, columns), further
-
-
-def grid_ids(rows: int, columns: int, like: Tensor) -> Tensor:
-    """(row, column) of every token [rows * columns, 2]."""
-    y, x = (torch.arange(n, device=like.device, dtype=like.dtype) for n in (rows, columns))
-    return torch.stack([y[:, None].expand(rows, columns), x.expand(rows, columns)], -1).flatten(0, 1)
-
-
-def _read_ids(ids: Tensor) -> tuple[tuple[int, int], int]:
     own = int((ids[:, 0] == ids[0, 0]).sum())
     rows, columns = (int(n) + 1 for n in ids[:own, 1:3].amax(0))
     if rows * columns != own or not torch.equal(ids[:own, 1:3], grid_ids(rows, columns, ids)):
@@ -151,10 +136,10 @@ def _read_ids(ids: Tensor) -> tuple[tuple[int, int], int]:
     return (rows, columns), len(ids) - own
 
 
-@torch.compiler.assume_constant_result
-def _constant_ids(ids: Tensor) -> tuple[int, int, int]:
-    (rows, columns), further = _read_ids(ids)
-    return rows, columns, further
+def grid_ids(rows: int, columns: int, like: Tensor) -> Tensor:
+    """(row, column) of every token [rows * columns, 2]."""
+    y, x = (torch.arange(n, device=like.device, dtype=like.dtype) for n in (rows, columns))
+    return torch.stack([y[:, None].expand(rows, columns), x.expand(rows, columns)], -1).flatten(0, 1)
 
 
 _CROSS = (r"\battn2$", "cross-attention: its keys are the text's")

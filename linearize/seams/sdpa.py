@@ -10,6 +10,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -27,6 +28,8 @@ class Redirect(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is not F.scaled_dot_product_attention:
+            if func is torch.Tensor.unflatten:  # a method that torch.compile cannot trace from inside a mode
+                func = torch.unflatten
             return func(*args, **kwargs)
         names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
         call: dict[str, Any] = {**dict(zip(names, args, strict=False)), **kwargs}

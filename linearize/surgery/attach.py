@@ -52,15 +52,15 @@ class Surgery:
 
     @property
     def mixers(self) -> dict[str, Mixer]:
-        """Mixers by site name."""
-        return {name: getattr(module, CHILD) for name, module in self._modules.items()}
+        """Mixers by site name (none where another handle detached them)."""
+        return {name: getattr(module, CHILD) for name, module in self._modules.items() if PORT in module.__dict__}
 
     def parameters(self) -> list[nn.Parameter]:
         """The mixers' parameters, in the order of the sites."""
         return [p for mixer in self.mixers.values() for p in mixer.parameters()]
 
     def _ports(self) -> list[Port]:
-        return [module.__dict__[PORT] for module in self._modules.values()]
+        return [module.__dict__[PORT] for module in self._modules.values() if PORT in module.__dict__]
 
     # --------------------------------------------------------------------------------------------- switching
     @contextlib.contextmanager
@@ -105,6 +105,12 @@ class Surgery:
         finally:
             for mixer in having:
                 mixer.off = None
+
+    def switch(self, on: bool) -> None:
+        """The mixers answer (on), or the family's own softmax does; LoRA stays as it is."""
+        for port in self._ports():
+            port.mode = "student" if on else "teacher"
+        self._sync_masks()
 
     def _sync_masks(self) -> None:
         """Let the model build token codes instead of T x T masks while only mixers read them."""
@@ -159,8 +165,10 @@ def attach(
     config: MixerConfig | dict[str, Any] | None = None,
     *,
     probe: Callable[[nn.Module], Any] | None | bool = True,
+    beside: bool = False,
 ) -> Surgery:
-    """Replace softmax at `sites` (None: everywhere) by `method`. Idempotent: an earlier conversion is detached first.
+    """Replace softmax at `sites` (None: everywhere) by `method`. Idempotent: an earlier conversion is detached first,
+    unless it is to stay `beside` this one, on other sites.
 
     method: a name, or a Mixer class of your own. config: the mixer's settings. probe: one small forward after the
     surgery proves that every site fires at each of its calls, with what it was planned for; pass a callable for models
@@ -173,11 +181,19 @@ def attach(
     for site in chosen:
         if site.heads is not None:
             raise Unsupported(f"{site.name}: head-level hybrids (Site.heads) are not built yet; convert whole layers")
-    if earlier := Surgery.of(model):
+    earlier = Surgery.of(model)
+    if (
+        taken := next((s.name for s in chosen if PORT in model.get_submodule(s.name).__dict__), None)
+        if beside
+        else None
+    ):
+        raise InputError(f"{taken} is converted already, by {earlier.method if earlier else ''}: detach that first")
+    if earlier is not None and not beside:
         log.warning("the model is converted already (%s): those mixers are dropped", earlier.method)
         earlier.detach()
     interface.register()
     surgery = Surgery(model, mixers.name_of(mixers.get(method)), settings)
+    surgery._modules = {}
     try:
         for site in chosen:
             module = model.get_submodule(site.name)
@@ -188,7 +204,8 @@ def attach(
             check(model, surgery._ports(), probe if callable(probe) else small_forward)
         surgery._sync_masks()
     except BaseException:
-        surgery._modules = {n: m for n, m in model.named_modules() if PORT in m.__dict__}
+        own = {site.name for site in chosen}
+        surgery._modules = {n: m for n, m in model.named_modules() if PORT in m.__dict__ and n in own}
         surgery.detach()
         raise
     return surgery

@@ -216,11 +216,11 @@ def made_subclass(cls: type[nn.Module], seam: str) -> type[nn.Module]:
     """`cls` with a forward that passes its context to the port, and always clears it."""
     key = (cls, seam)
 
-    def run(module: nn.Module, port: Port, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def run(module: nn.Module, original: Callable[..., Any], port: Port, args: tuple, kwargs: dict[str, Any]) -> Any:
         if seam == "interface":
-            return cls.forward(module, *args, **kwargs)
+            return original(*args, **kwargs)
         with sdpa.Redirect(lambda q, k, v, mask, **more: port.answer(module, q, k, v, mask, **more)):
-            return cls.forward(module, *args, **kwargs)
+            return original(*args, **kwargs)
 
     if key not in _made:
 
@@ -235,9 +235,9 @@ def made_subclass(cls: type[nn.Module], seam: str) -> type[nn.Module]:
                         cos, sin = kwargs["position_embeddings"]
                         unrotated = (torch.ones_like(cos), torch.zeros_like(sin))
                         port.mode = "plain"
-                        run(self, port, args, {**kwargs, "position_embeddings": unrotated})
+                        run(self, super().forward, port, args, {**kwargs, "position_embeddings": unrotated})
                         port.mode = "probe"
-                    out = run(self, port, args, kwargs)
+                    out = run(self, super().forward, port, args, kwargs)
                     if port.site.owner is not None and not port.answered:
                         raise Unsupported(
                             f"{port.site.name}: its attention did not come by F.scaled_dot_product_attention with keys "

@@ -21,8 +21,7 @@ def small_forward(model: nn.Module) -> Any:
     """One blank image, or five tokens (for both sides of an encoder-decoder). Raises InputError for other inputs."""
     config: Any = getattr(model, "config", None)
     device = hooks.device(model)
-    kind = next((p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype.itemsize > 1), None)
-    if (inputs := dit_inputs.small_inputs(model, dtype=kind, device=device)) is not None:
+    if (inputs := dit_inputs.small_inputs(model, dtype=hooks.dtype(model), device=device)) is not None:
         return model(**inputs, return_dict=False)
     if getattr(model, "main_input_name", None) == "pixel_values" and hasattr(config, "image_size"):
         size = config.image_size

@@ -1,0 +1,462 @@
+"""The plug-in for diffusers: one line puts a method into a pipeline, one takes it out without a trace.
+
+handle = linearize.pipelines.apply(pipe, "clear", radius=8)
+print(handle.report(grid=(128, 128)))
+with handle.disabled():
+    pipe(prompt)                                    # the base model
+handle.save("clear-r8"); handle.remove()
+handle = linearize.pipelines.load(pipe, "clear-r8")
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import linearize
+from linearize.mixers import base as mixers
+from linearize.mixers.base import MixerConfig
+from linearize.seams import dit, hooks
+from linearize.seams.dit_inputs import small_inputs
+from linearize.storage import atomic_folder, write_atomic
+from linearize.surgery.attach import Surgery, attach
+from linearize.surgery.port import CHILD, PORT
+from linearize.surgery.select import find, parse_layers
+from linearize.types import InputError, Site, StorageError, Unsupported
+
+log = logging.getLogger("linearize")
+
+#: of linearize_config.json in a plug-in's folder; a newer one is refused
+FORMAT = 1
+CONFIG, WEIGHTS = "linearize_config.json", "plugin.safetensors"
+#: where pipelines keep what denoises
+_COMPONENTS = ("transformer", "transformer_2", "unet")
+#: how much fewer FLOPs a step must take to be faster. CLEAR on FLUX, radius 8: 1.1 times fewer at 1,024^2 and no gain
+#: in time, 1.5 at 2,048^2 and 1.3 times faster (times: 2412.16112, table 7).
+WORTH = 1.2
+#: relative L2 distance of a base's answers on stored noise: the same weights in another precision, and anything else
+_SAME, _COPY = 0.05, 0.25
+
+
+# ----------------------------------------------------------------------------------------------------------- the report
+@dataclass(frozen=True)
+class Report:
+    """What a plug-in replaced, and what that saves at one size. FLOPs are of one forward at batch 1.
+
+    replaced: names of layers. skipped: name -> why. attention: (before, after) of the replaced layers; rest: everything
+    else. crossover: the smallest square grid (its side, in tokens) from which a step saves WORTH (None: never).
+    """
+
+    method: str
+    settings: dict[str, Any]
+    grid: tuple[int, ...]
+    text: int
+    replaced: tuple[str, ...]
+    skipped: dict[str, str]
+    attention: tuple[float, float]
+    rest: float
+    crossover: int | None
+
+    @property
+    def saving(self) -> float:
+        """FLOPs of a step before, over those after: what its time can win at most."""
+        return (self.attention[0] + self.rest) / (self.attention[1] + self.rest)
+
+    @property
+    def gain(self) -> bool:
+        """Whether a step is predicted to be faster at this size."""
+        return self.saving >= WORTH
+
+    def __str__(self) -> str:
+        size = " x ".join(map(str, self.grid))
+        before, after = (x / 1e12 for x in self.attention)
+        far = "at no size" if self.crossover is None else f"from {self.crossover} x {self.crossover} tokens on"
+        lines = [
+            f"{self.method} {json.dumps(self.settings, sort_keys=True)}",
+            f"{len(self.replaced)} layers replaced, {len(self.skipped)} left alone",
+            *(f"  left alone: {name}: {why}" for name, why in self.skipped.items()),
+            f"one step at {size} tokens and {self.text} of text: attention {before:.3g} -> {after:.3g} TFLOPs, "
+            f"all {before + self.rest / 1e12:.3g} -> {after + self.rest / 1e12:.3g} ({self.saving:.2f}x)",
+            f"a gain in time is predicted {far}" + ("" if self.gain else f": none at {size}"),
+        ]
+        return "\n".join(lines)
+
+
+def _attention_flops(surgery: Surgery, grid: tuple[int, ...], text: int) -> tuple[float, float]:
+    before = after = 0.0
+    for mixer in surgery.mixers.values():
+        shape, others = mixer.shape, text if mixer.shape.joint else 0
+        tokens = math.prod(grid) + others
+        before += 2.0 * tokens**2 * shape.heads * (shape.key_dim + shape.value_dim)
+        after += mixer.cost_of(grid, others).flops
+    return before, after
+
+
+def _other_flops(model: nn.Module, tokens: int) -> float:
+    """Products with weights that every token passes; those of the time's and size's embeddings are passed once."""
+    parts = [
+        m.weight.numel() for n, m in model.named_modules()
+        if isinstance(m, nn.Linear) and not any(word in n for word in ("norm", "emb", "modulation"))
+    ]  # fmt: skip
+    return 2.0 * tokens * sum(parts)
+
+
+# ----------------------------------------------------------------------------------------------------------- the handle
+@dataclass
+class Handle:
+    """A plug-in: all that one `apply` or `load` put into a pipeline. As a context manager it removes itself."""
+
+    surgeries: dict[str, Surgery]
+    method: str
+    settings: MixerConfig
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def enabled(self) -> bool:
+        return all(port.mode == "student" for s in self.surgeries.values() for port in s._ports())
+
+    def enable(self) -> None:
+        """The method's attention answers again."""
+        self._switch(True)
+
+    def disable(self) -> None:
+        """The base model's own softmax answers; LoRA stays as it is."""
+        self._switch(False)
+
+    def _switch(self, on: bool) -> None:
+        if not any(surgery.mixers for surgery in self.surgeries.values()):
+            raise InputError("this plug-in was removed: apply or load it again")
+        for surgery in self.surgeries.values():
+            surgery.switch(on)
+
+    @contextlib.contextmanager
+    def disabled(self) -> Iterator[None]:
+        """The base model, for one call."""
+        before = self.enabled
+        self.disable()
+        try:
+            yield
+        finally:
+            self._switch(before)
+
+    def remove(self) -> None:
+        """Take it out: the same classes, processor objects, state-dict keys and hooks as before, bit for bit."""
+        for surgery in self.surgeries.values():
+            surgery.detach()
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.remove()
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What the method brought along and can be trained (CLEAR: nothing)."""
+        return [p for surgery in self.surgeries.values() for p in surgery.parameters()]
+
+    def report(self, grid: tuple[int, ...] | None = None, text: int = 512) -> Report:
+        """What was replaced, and what a step costs at `grid` tokens (rows, columns) or (frames, rows, columns).
+
+        grid: by default the model's own size. text: tokens of the prompt in joint attention.
+        """
+        first = next(iter(self.surgeries.values())).model
+        size = grid or _usual_grid(first)
+        joint = any(m.shape.joint for s in self.surgeries.values() for m in s.mixers.values())
+        text = text if joint else 0
+
+        def costs(size: tuple[int, ...]) -> tuple[float, float, float]:
+            pairs = [_attention_flops(s, size, text) for s in self.surgeries.values()]
+            rest = sum(_other_flops(s.model, math.prod(size) + text) for s in self.surgeries.values())
+            return sum(p[0] for p in pairs), sum(p[1] for p in pairs), rest
+
+        def saves(side: int) -> bool:
+            before, after, rest = costs((*size[:-2], side, side))
+            return before + rest >= WORTH * (after + rest)
+
+        before, after, rest = costs(size)
+        return Report(
+            method=self.method,
+            settings=self.settings.model_dump(mode="json"),
+            grid=size,
+            text=text,
+            replaced=tuple(_named(part, n) for part, s in self.surgeries.items() for n in s.mixers),
+            skipped=dict(self.skipped),
+            attention=(before, after),
+            rest=rest,
+            crossover=next((side for side in range(8, 2049, 8) if saves(side)), None),
+        )
+
+    # ---------------------------------------------------------------------------------------------------------- files
+    def save(self, folder: str | Path, overwrite: bool = False) -> Path:
+        """Write it: the method's tensors as one safetensors file, everything else as json. Returns the folder.
+
+        Raises InputError for a folder that is not empty (without `overwrite`), StorageError.
+        """
+        from safetensors.torch import save as to_bytes
+
+        tensors = {
+            _named(part, name): hooks.value(*place).detach().cpu().contiguous()
+            for part, surgery in self.surgeries.items()
+            for name, place in _own(surgery).items()
+        }
+        said = {
+            "format": FORMAT,
+            "version": linearize.__version__,
+            "method": self.method,
+            "mixer": self.settings.model_dump(mode="json"),
+            "components": {
+                part: {
+                    "class": type(s.model).__name__,
+                    "base": _base(s.model),
+                    "sites": list(s.mixers),
+                    "answers": answers(s.model),
+                }
+                for part, s in self.surgeries.items()
+            },
+        }
+        with atomic_folder(folder, overwrite) as part:
+            write_atomic(part / WEIGHTS, to_bytes(tensors, {"format": "pt"}))
+            write_atomic(part / CONFIG, json.dumps(said, indent=1) + "\n")
+        return Path(folder)
+
+
+def _named(part: str, name: str) -> str:
+    return f"{part}.{name}" if part else name
+
+
+def _own(surgery: Surgery) -> dict[str, tuple[nn.Module, str]]:
+    """tensor name -> (module, its name there) of what the method brought along."""
+    return {
+        f"{name}.{CHILD}.{part}.{key}".replace("..", "."): (module, key)
+        for name, mixer in surgery.mixers.items()
+        for part, module in mixer.named_modules()
+        for key in (*module._parameters, *module._buffers)
+        if getattr(module, key) is not None
+    }
+
+
+def _base(model: Any) -> str | None:
+    """The name that a model was loaded by."""
+    name = getattr(getattr(model, "config", None), "_name_or_path", None)
+    return name if name and not Path(name).is_absolute() else None
+
+
+def _usual_grid(model: Any) -> tuple[int, ...]:
+    config = model.config
+    size, patch = getattr(config, "sample_size", None), getattr(config, "patch_size", 1) or 1
+    if isinstance(size, int) and isinstance(patch, int):
+        return size // patch, size // patch
+    return 64, 64  # 1,024 x 1,024 pixels in latents of an eighth, two by two
+
+
+# ------------------------------------------------------------------------------------------------------------- plugging
+def apply(
+    pipe_or_model: Any,
+    method: str = "clear",
+    *,
+    layers: str = "all",
+    probe: Callable[[nn.Module], Any] | bool = True,
+    **settings: Any,
+) -> Handle:
+    """Put `method` in the place of softmax in a pipeline's transformer(s) or UNet, or in one such model.
+
+    settings: the method's own (`radius=8`). layers: "all", "0-11", "every:2", ... of the attentions that can be
+    replaced. probe: see `attach`. Idempotent: the same again returns the same. Raises InputError where other methods
+    hold these layers, naming the first, Unsupported where a model or method cannot be converted; the models are then as
+    they were.
+    """
+    config = mixers.configure(method, settings)
+    chosen: dict[str, list[Site]] = {}
+    skipped: dict[str, str] = {}
+    models = _denoisers(pipe_or_model)
+    for part, model in models.items():
+        sites = find(model)
+        chosen[part] = parse_layers(layers, sites)
+        skipped |= {_named(part, name): why for name, why in _skipped(model, sites, chosen[part]).items()}
+    handles = [_standing(part, models[part], sites, method, config) for part, sites in chosen.items()]
+    if all(handles):
+        return Handle({part: s for part, s in zip(chosen, handles) if s is not None}, method, config, skipped)
+    done: dict[str, Surgery] = {}
+    try:
+        for part, sites in chosen.items():
+            done[part] = attach(models[part], sites, method, config, probe=probe, beside=True)
+    except BaseException:
+        for surgery in done.values():
+            surgery.detach()
+        raise
+    return Handle(done, method, config, skipped)
+
+
+def _denoisers(pipe_or_model: Any) -> dict[str, nn.Module]:
+    """component -> model; "" for a model that stands alone. Raises InputError."""
+    inner = getattr(pipe_or_model, "_orig_mod", pipe_or_model)
+    if isinstance(inner, nn.Module):
+        return {"": inner}
+    found = {name: getattr(inner, name, None) for name in _COMPONENTS}
+    models = {n: getattr(m, "_orig_mod", m) for n, m in found.items()}
+    models = {n: m for n, m in models.items() if isinstance(m, nn.Module)}
+    if not models:
+        raise InputError(f"{type(inner).__name__} has none of {', '.join(_COMPONENTS)}: pass the model itself")
+    return models
+
+
+def _skipped(model: nn.Module, sites: list[Site], chosen: list[Site]) -> dict[str, str]:
+    kept = {site.name for site in sites} - {site.name for site in chosen}
+    out = dict.fromkeys(sorted(kept), "not among the layers asked for")
+    for name, module, owner in dit.attentions(model):
+        row = dit.family(model.get_submodule(owner))
+        if row is not None and (why := dit.left_alone(row, name, module)):
+            out[name] = why
+    return out
+
+
+def _standing(part: str, model: nn.Module, sites: list[Site], method: str, config: MixerConfig) -> Surgery | None:
+    """The surgery of a plug-in that stands on exactly these layers already. Raises InputError where another does."""
+    here = [site for site in sites if PORT in model.get_submodule(site.name).__dict__]
+    if not here:
+        return None
+    mixer = getattr(model.get_submodule(here[0].name), CHILD)
+    same = all(_carries(model.get_submodule(site.name), method, config) for site in here)
+    if not same or len(here) != len(sites):
+        first = f"{mixers.name_of(type(mixer))} {mixer.config.model_dump_json(exclude_defaults=True)}"
+        raise InputError(
+            f"{_named(part, here[0].name)} is held by another plug-in, {first}: remove() that first, or choose other "
+            "layers"
+        )
+    surgery = Surgery(model, method, config)
+    surgery._modules = {site.name: model.get_submodule(site.name) for site in here}
+    return surgery
+
+
+def _carries(module: nn.Module, method: str, config: MixerConfig) -> bool:
+    mixer = getattr(module, CHILD, None)
+    return mixer is not None and mixers.name_of(type(mixer)) == method.replace("-", "_") and mixer.config == config
+
+
+def load(pipe_or_model: Any, folder: str | Path, *, revision: str | None = None) -> Handle:
+    """Put a saved plug-in (a folder, or a repository's id on the hub) into the base it was made for.
+
+    The base is recognised by its answers on stored noise, so that other precisions and devices are taken, with a
+    warning where they are far off. Raises InputError for another base, which stays as it was; Unsupported for a newer
+    format; StorageError for a damaged folder.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    folder = _fetched(folder, revision)
+    said = _read(folder)
+    try:
+        tensors = load_file(folder / WEIGHTS)
+    except (SafetensorError, OSError) as error:
+        raise StorageError(f"{folder / WEIGHTS} is damaged ({error}): save or download it again") from None
+    models = _denoisers(pipe_or_model)
+    if set(models) != set(said["components"]):
+        if len(models) != 1 or len(said["components"]) != 1:
+            raise InputError(f"{folder} is for {_list(said['components'])}, this has {_list(models)}")
+        models = {next(iter(said["components"])): next(iter(models.values()))}  # a bare model for a pipeline's
+    config = mixers.configure(said["method"], said["mixer"])
+    chosen = {}
+    for part, model in models.items():
+        there = said["components"][part]
+        _recognise(folder, model, there)
+        sites = {site.name: site for site in find(model)}
+        if missing := [name for name in there["sites"] if name not in sites]:
+            raise InputError(f"{folder} converts {missing[0]}, but {type(model).__name__} has no attention there")
+        chosen[part] = [sites[name] for name in there["sites"]]
+        _standing(part, model, chosen[part], said["method"], config)
+    done: dict[str, Surgery] = {}
+    skipped: dict[str, str] = {}
+    try:
+        for part, sites in chosen.items():
+            skipped |= {_named(part, n): why for n, why in _skipped(models[part], find(models[part]), sites).items()}
+            done[part] = attach(models[part], sites, said["method"], config, beside=True)
+        here = {_named(part, name): getattr(*place) for part, s in done.items() for name, place in _own(s).items()}
+        if odd := here.keys() ^ tensors.keys():
+            raise StorageError(f"{folder}: {min(odd)} is there or here alone: it was damaged or edited")
+        for name, tensor in here.items():
+            if tensor.shape != tensors[name].shape:
+                raise StorageError(f"{folder}: {name} is {tuple(tensors[name].shape)}, not {tuple(tensor.shape)}")
+            with torch.no_grad():
+                tensor.copy_(tensors[name])
+    except BaseException:
+        for surgery in done.values():
+            surgery.detach()
+        raise
+    return Handle(done, said["method"], config, skipped)
+
+
+def _list(names: Any) -> str:
+    return ", ".join(sorted(n or "a model alone" for n in names))
+
+
+def _fetched(folder: str | Path, revision: str | None) -> Path:
+    if Path(folder).is_dir():
+        return Path(folder)
+    text = str(folder)
+    if text.count("/") != 1 or text.startswith((".", "/", "~")):
+        raise InputError(f"no folder {folder}, and no repository's id (owner/name)")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(text, revision=revision, allow_patterns=[CONFIG, WEIGHTS]))
+    except Exception as error:  # offline, absent, private: the hub has a class for each
+        raise InputError(f"{text} is no folder here, and could not be fetched from the hub: {error}") from None
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    try:
+        said = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        newer = said["format"] > FORMAT
+    except FileNotFoundError:
+        raise InputError(f"{folder} is no plug-in of linearize: there is no {CONFIG} in it") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StorageError(f"{folder / CONFIG} is damaged ({error}): save or download it again") from None
+    if newer:
+        raise Unsupported(f"{folder} was written by linearize {said['version']}: pip install --upgrade linearize")
+    return said
+
+
+# ------------------------------------------------------------------------------------------------- knowing a base again
+def answers(model: nn.Module) -> list[float]:
+    """64 numbers of what a model makes of stored noise at its own softmax, without LoRA: how it is known again."""
+    inputs = small_inputs(model, (4, 4), dtype=hooks.dtype(model), device=hooks.device(model))
+    if inputs is None:
+        raise Unsupported(f"{type(model).__name__} cannot be known again: see seams/dit_inputs.py")
+    surgery, training = Surgery.of(model), model.training
+    layers = hooks.lora_off(model)
+    model.eval()
+    try:
+        with torch.no_grad(), surgery.teacher() if surgery else contextlib.nullcontext():
+            out = model(**inputs, return_dict=False)[0]
+    finally:
+        model.train(training)
+        hooks.lora_on(layers)
+    flat = (out[0] if isinstance(out, list) else out).flatten().float().cpu()
+    return [float(f"{x:.5g}") for x in flat[:: max(1, len(flat) // 64)][:64].tolist()]
+
+
+def _recognise(folder: Path, model: nn.Module, there: Mapping[str, Any]) -> None:
+    """Raises InputError where `model` is not the base that a plug-in was made for."""
+    wanted = there["base"] or f"another {there['class']}"
+    refused = f"{folder} was made for {wanted}, not for this {type(model).__name__}"
+    if type(model).__name__ != there["class"]:
+        raise InputError(f"{refused}: that is a {there['class']}")
+    here, known = torch.tensor(answers(model)), torch.tensor(there["answers"])
+    apart = float((here - known).norm() / known.norm()) if here.shape == known.shape else math.inf
+    if not apart <= _COPY:
+        raise InputError(
+            f"{refused}: on the same noise its answers differ by {apart:.0%} (at most {_COPY:.0%} in a copy)"
+        )
+    if apart > _SAME:
+        log.warning(
+            "%s was made for %s, whose answers differ by %.0f %%: fine for a 4-bit copy", folder, wanted, 100 * apart
+        )
