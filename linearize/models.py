@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 TEACHERS = Path(__file__).parent / "teachers"
+#: what a model is for: causal language models, encoders of text, encoders of images (with or without a classifier)
+TASKS = ("text", "sentences", "image")
 
 
 @dataclass(frozen=True)
@@ -47,12 +49,13 @@ def embedded() -> list[str]:
     return sorted(path.parent.name for path in TEACHERS.glob("*/config.json"))
 
 
-def source(model: str | Path | None = None, revision: str | None = None) -> Source:
-    """What a `--model` means. Raises InputError where a path leads to no model."""
+def source(model: str | Path | None = None, revision: str | None = None, task: str = "text") -> Source:
+    """What a `--model` means; None is the embedded teacher of `task`. Raises InputError where a path leads to no
+    model."""
     if model is None:
-        if not embedded():
-            raise InputError("this copy of linearize has no embedded teacher: name a model with --model")
-        return Source(str(TEACHERS / embedded()[0]), "embedded")
+        if task not in embedded():
+            raise InputError(f"this copy of linearize has no embedded {task} teacher: name a model with --model")
+        return Source(str(TEACHERS / task), "embedded")
     path = Path(model).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -100,23 +103,76 @@ def config_of_form(form: Mapping[str, Any]) -> Any:
         raise Unsupported(f"model.form: transformers knows no model type {form['model_type']!r}") from None
 
 
+def kind(config: Any) -> tuple[str, Any]:
+    """(task, the auto class that makes the model), by the architecture that a configuration names, else by what
+    transformers has for its type.
+
+    Raises Unsupported for what is none of the tasks: encoder-decoders, models of several towers, sound.
+    """
+    import transformers
+
+    from linearize.seams import hf
+    from linearize.surgery import files
+
+    name = (getattr(config, "architectures", None) or [None])[0]
+    said = name or config.model_type
+    if getattr(config, "is_encoder_decoder", False):
+        raise Unsupported(
+            f"{said} is an encoder-decoder: convert reaches decoders and encoders alone (attach does both)"
+        )
+    if hasattr(config, "vision_config"):
+        raise Unsupported(
+            f"{said} has several towers: attach to one of them (linearize.attach(model.vision_tower, ...))"
+        )
+    remote = [k for k in getattr(config, "auto_map", None) or {} if k.startswith("AutoModel")]
+    if hasattr(config, "linearize"):
+        cls = files.reload_class(config.to_dict())
+    elif remote and getattr(transformers, name or "", None) is None:
+        auto = getattr(transformers, "AutoModelForCausalLM" if "AutoModelForCausalLM" in remote else remote[0])
+        image = "Image" in auto.__name__ or hasattr(config, "patch_size")
+        return ("text" if "CausalLM" in auto.__name__ else "image" if image else "sentences"), auto
+    elif name is None:
+        cls = _plainest(config)
+    else:
+        cls = getattr(transformers, name, None)
+    if cls is None:
+        raise Unsupported(f"{said} is no model of this version of transformers: linearize does not know how to make it")
+    entrance = getattr(cls, "main_input_name", None)
+    if entrance not in ("input_ids", "pixel_values"):
+        raise Unsupported(f"{said} reads {entrance}: convert reaches models of text and of images")
+    causal = any(part in cls.__name__ for part in ("ForCausalLM", "LMHeadModel"))
+    task = "image" if entrance == "pixel_values" else "text" if causal else "sentences"
+    return task, hf.auto_class(type(config), cls)
+
+
+def _plainest(config: Any) -> Any:
+    """The class of a configuration that names none: a language model for decoders, no head for encoders."""
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    from linearize.seams import hf
+
+    def made(auto: Any) -> Any:
+        found = hf.mapped(auto, type(config))
+        return found[0] if found else None
+
+    bare, decoder = made(AutoModel), made(AutoModelForCausalLM)
+    encodes = bare is not None and (
+        getattr(bare, "main_input_name", None) == "pixel_values"
+        or (hf.masks(bare) in ("bidirectional", "both") and not getattr(config, "is_decoder", False))
+    )
+    return bare if encodes or decoder is None else decoder
+
+
 def skeleton(config: Any, trust_remote_code: bool = False) -> Any:
     """The model of a configuration on the meta device: its modules and shapes, no weights, no memory.
 
-    Raises Unsupported where it is no causal language model.
+    Raises Unsupported where it is of no task that can be converted.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except ValueError as error:
-        if "Unrecognized configuration class" not in str(error):
-            raise
-        raise Unsupported(
-            f"a {config.model_type} model is no decoder of text: linearize converts causal language models"
-        ) from None
+    _, auto = kind(config)
+    with torch.device("meta"):
+        return auto.from_config(config, trust_remote_code=trust_remote_code)
 
 
 def _refusal(where: Source, error: Exception) -> InputError | Unsupported:
@@ -138,17 +194,22 @@ def _refusal(where: Source, error: Exception) -> InputError | Unsupported:
 class Loaded:
     """A model in eval mode, and what belongs to it.
 
+    processor: the tokenizer, or the image processor (None where images need none but what the configuration says).
     id: hub id, folder or file (None: the embedded teacher). revision: the commit, where the hub gave one. task: what
-    it is for ("text": a causal language model). notes: what a user may not have expected.
+    it is for, of TASKS. notes: what a user may not have expected.
     """
 
     model: Any
-    tokenizer: Any
+    processor: Any
     id: str | None
     revision: str | None
     task: str
     source: Source
     notes: tuple[str, ...] = ()
+
+    @property
+    def tokenizer(self) -> Any:
+        return None if self.task == "image" else self.processor
 
 
 def load_model(
@@ -159,38 +220,39 @@ def load_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
     need_tokenizer: bool = True,
+    task: str = "text",
     **options: Any,
 ) -> Loaded:
-    """The model of a name: hub id, folder (also one that linearize wrote), GGUF file; None is the embedded teacher.
+    """The model of a name: hub id, folder (also one that linearize wrote), GGUF file; None is the embedded teacher of
+    `task`.
 
     dtype "auto" is the stored one (float16 becomes float32 on a CPU). device "auto" is the GPU where there is one.
     options go to `from_pretrained` (device_map, quantization_config, attn_implementation, ...). Only safetensors and
-    GGUF are read. Raises InputError (unknown, no config, no tokenizer, pickle only), Unsupported (no causal language
-    model), StorageError (damaged or incomplete files), GateError (NaN or infinity in the weights).
+    GGUF are read. Raises InputError (unknown, no config, no tokenizer, pickle only), Unsupported (of no task that can
+    be converted), StorageError (damaged or incomplete files), GateError (NaN or infinity in the weights).
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
-    where = name if isinstance(name, Source) else source(name, revision)
+    where = name if isinstance(name, Source) else source(name, revision, task)
     settings = config(where, trust_remote_code)
-    task = _task(settings)
+    task, auto = kind(settings)
     local = Path(where.name) if where.kind in ("folder", "embedded") else None
     if local is not None:
         from linearize.surgery.files import check_weights
 
         check_weights(local)
     # First, because it is cheap and is missing more often than anything else.
-    tokenizer = _tokenizer(where, trust_remote_code) if need_tokenizer else None
+    processor = processor_of(where, task, trust_remote_code) if need_tokenizer else None
     if str(device) == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    kind, notes = _dtype(dtype, settings, torch.device(device))
+    precision, notes = _dtype(dtype, settings, torch.device(device))
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = auto.from_pretrained(
             where.name,
             **({} if where.gguf else {"use_safetensors": True}),
             **where.arguments(),
             config=settings,
-            dtype=kind,
+            dtype=precision,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
             **options,
@@ -202,20 +264,27 @@ def load_model(
         if type(error).__name__ != "SafetensorError":
             raise
         raise StorageError(f"the weights of {where.name} are damaged ({error}): download them again") from error
-    if missing := sorted(info["missing_keys"]):
+    spare = {k for k in info["missing_keys"] if "pooler." in k and task != "text"}
+    if missing := sorted(set(info["missing_keys"]) - spare):
         raise StorageError(f"{where.name} lacks {missing[0]} ({len(missing)} such tensors): it is damaged")
+    if spare:  # left out by many encoders, and used by nothing here; transformers would fill it at random
+        notes.append("the checkpoint has no pooler (its output is not used): zeros")
+        with torch.no_grad():
+            for key in spare:
+                model.get_parameter(key).zero_()
     if where.gguf:
         model = _plain(model)
     if not options.get("device_map") and not options.get("quantization_config"):
         model = model.to(device)
     check_finite(model)
-    rows = model.get_input_embeddings().weight.shape[0]
-    if tokenizer is not None and len(tokenizer) > rows:
-        raise InputError(
-            f"{where.name}: its tokenizer has {len(tokenizer):,} pieces but the model only {rows:,} embeddings: they "
-            "do not belong together"
-        )
-    return Loaded(model.eval(), tokenizer, where.id, _commit(where), task, where, tuple(notes))
+    if task != "image" and processor is not None:
+        rows = model.get_input_embeddings().weight.shape[0]
+        if len(processor) > rows:
+            raise InputError(
+                f"{where.name}: its tokenizer has {len(processor):,} pieces but the model only {rows:,} embeddings: "
+                "they do not belong together"
+            )
+    return Loaded(model.eval(), processor, where.id, _commit(where), task, where, tuple(notes))
 
 
 def load_converted(
@@ -234,12 +303,12 @@ def load_converted(
         where, adapter = None, where
     if adapter is not None and where is None:
         base = files.read_adapter(adapter)["base"]
-        where, options = base["id"], {"revision": base["revision"], **options}
+        where, options = base["id"], {"revision": base["revision"], "task": base.get("task", "text"), **options}
     if where is None or isinstance(where, str | Path):
         loaded = load_model(where, **options)
         name = loaded.id or "the embedded teacher"
     else:
-        loaded, name = Loaded(where, None, None, None, "text", Source("", "object")), None
+        loaded, name = Loaded(where, None, None, None, kind(where.config)[0], Source("", "object")), None
     if adapter is not None:
         files.load_adapter(loaded.model, adapter, name=name)
     elif Surgery.of(loaded.model) is None:
@@ -259,18 +328,6 @@ def check_finite(model: nn.Module) -> None:
     for name, weight in model.named_parameters():
         if weight.device.type != "meta" and weight.is_floating_point() and not torch.isfinite(weight).all():
             raise GateError(f"weight {name} holds NaN or infinity: the checkpoint is broken, take another copy")
-
-
-def _task(config: Any) -> str:
-    """What a model of this configuration is for. Raises Unsupported for what cannot be converted yet."""
-    names = getattr(config, "architectures", None) or []
-    if getattr(config, "is_encoder_decoder", False) or (
-        names and not any(part in names[0] for part in ("ForCausalLM", "LMHeadModel"))
-    ):
-        raise Unsupported(
-            f"{(names or [config.model_type])[0]} is no causal language model: only these can be converted so far"
-        )
-    return "text"
 
 
 def _dtype(wanted: str | torch.dtype, config: Any, device: torch.device) -> tuple[torch.dtype | str, list[str]]:
@@ -293,6 +350,28 @@ def _dtype(wanted: str | torch.dtype, config: Any, device: torch.device) -> tupl
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 
 
+def processor_of(where: Source, task: str, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a model, or its image processor; None for images where the folder holds none (configurations
+    say enough then). Raises InputError for text without a tokenizer."""
+    return (_image_processor if task == "image" else _tokenizer)(where, trust_remote_code)
+
+
+def _image_processor(where: Source, trust_remote_code: bool) -> Any:
+    from transformers import AutoImageProcessor
+
+    if where.kind in ("folder", "embedded") and not (Path(where.name) / "preprocessor_config.json").is_file():
+        return None
+    try:
+        return AutoImageProcessor.from_pretrained(
+            where.name, backend="pil", trust_remote_code=trust_remote_code, **where.arguments()
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        said = str(error).splitlines()[0]
+        raise InputError(
+            f"{where.name} has no usable image processor ({said}): look at its preprocessor_config.json"
+        ) from None
+
+
 def _tokenizer(where: Source, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer
 
@@ -307,12 +386,15 @@ def _tokenizer(where: Source, trust_remote_code: bool) -> Any:
         raise InputError(f"{advice} ({str(error).splitlines()[0]})") from error
 
 
-def tokenizer_of(model: Any) -> Any:
-    """The tokenizer of a model in hand, from where the model came. Raises InputError where that is not known."""
+def processor_of_model(model: Any, task: str) -> Any:
+    """The tokenizer or image processor of a model in hand, from where the model came; for images None where that is
+    not known. Raises InputError for text."""
     name = getattr(model, "name_or_path", "")
+    if not name and task == "image":
+        return None
     if not name:
         raise InputError("this model does not say where it came from: pass its tokenizer, convert(..., tokenizer=...)")
-    return _tokenizer(source(name), trust_remote_code=False)
+    return processor_of(source(name), task)
 
 
 def _plain(model: Any) -> Any:
@@ -343,7 +425,7 @@ def _weights_refusal(where: Source, error: Exception) -> InputError | Unsupporte
     if isinstance(error, ImportError):
         return InputError(said.strip().splitlines()[0])
     if "Unrecognized configuration class" in said:
-        return Unsupported(f"{where.name} is no causal language model: only these can be converted so far")
+        return Unsupported(f"{where.name}: transformers has no model of this kind for its configuration")
     if "safetensors" in said and where.kind == "hub":
         return InputError(
             f"{where.name} has no safetensors on the hub (other formats may run code when opened and never are): "

@@ -18,6 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from linearize import recipe
+from linearize.problems import LOSSES, SAID, stage_problems, task_problems
 from linearize.types import InputError, nearest
 
 _STRICT = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
@@ -59,10 +60,15 @@ class MethodPlan(BaseModel):
 
 
 class DataPlan(BaseModel):
-    """source: files, a folder or a hub data set; None or "self": the teacher writes it, at most `self_tokens` (repeated
-    where the stages want more), `self_batch` sequences at a time, freely or as completions of `prompts` (texts, with
-    `chat` conversations: files, a folder or a hub data set). self_folder: where that text is kept for other runs to use
-    as well (None: for this run alone); self_seed: its own seed (None: the run's). length in tokens."""
+    """source: files, a folder or a hub data set. length, of text and sentences, in tokens.
+
+    Text: None or "self" is what the teacher writes, at most `self_tokens` (repeated where the stages want more),
+    `self_batch` sequences at a time, freely or as completions of `prompts` (texts, with `chat` conversations: files, a
+    folder or a hub data set). self_folder: where that text is kept for other runs to use as well (None: for this run
+    alone); self_seed: its own seed (None: the run's).
+    Sentences: passages of fewer than `minimum` tokens are left out. label_column: of classes, where the stages want
+    them. Images: image_column, label_column; skip_bad: leave out images that cannot be read.
+    """
 
     model_config = _STRICT
     source: str | None = None
@@ -79,6 +85,10 @@ class DataPlan(BaseModel):
     valid: str | None = None
     valid_tokens: int = Field(default=16384, gt=0)
     allow_longer: bool = False
+    minimum: int = Field(default=1, gt=0)
+    image_column: str | None = None
+    label_column: str | None = None
+    skip_bad: bool = False
 
 
 class LoraPlan(BaseModel):
@@ -92,8 +102,8 @@ class LoraPlan(BaseModel):
 
 
 class _Stage(BaseModel):
-    """tokens counts processed tokens, repeats included; batch is sequences per optimiser step; warmup is a share of
-    the steps; clip 0 is off."""
+    """tokens counts processed tokens (patches, of images), repeats included; batch is examples per optimiser step;
+    warmup is a share of the steps; clip 0 is off; max_steps: at most so many, whatever `tokens` says."""
 
     model_config = _STRICT
     tokens: int = Field(gt=0)
@@ -103,10 +113,12 @@ class _Stage(BaseModel):
     warmup: float = Field(default=0.05, ge=0, le=1)
     weight_decay: float = Field(default=0.0, ge=0)
     clip: float = Field(default=1.0, ge=0)
+    max_steps: int | None = Field(default=None, gt=0)
 
     def steps(self, length: int) -> int:
         """Optimiser steps at sequences of `length` tokens."""
-        return math.ceil(self.tokens / (self.batch * length))
+        steps = math.ceil(self.tokens / (self.batch * length))
+        return steps if self.max_steps is None else min(steps, self.max_steps)
 
 
 class TransferPlan(_Stage):
@@ -130,8 +142,12 @@ class TransferPlan(_Stage):
 
 
 class FinetunePlan(_Stage):
-    """Fine-tuning by LoRA or in full. mixer_lr None: mixers frozen. kl: logits against the teacher's, on `share` of
-    the positions; lm: next-token loss; hidden: matching of hidden states."""
+    """Fine-tuning by LoRA or in full. mixer_lr None: mixers frozen.
+
+    Weights of the losses: kl (logits against the teacher's; of text on `share` of the positions), hidden (matching of
+    hidden states); lm (next tokens, of text); of encoders feature (cosine of the pooled feature), dense (relative
+    error of the last hidden state, token by token or patch by patch), task (cross-entropy of labels).
+    """
 
     kind: Literal["finetune"]
     mixer_lr: float | None = Field(default=None, gt=0)
@@ -140,6 +156,9 @@ class FinetunePlan(_Stage):
     kl: float = Field(default=1.0, ge=0)
     lm: float = Field(default=0.0, ge=0)
     hidden: float = Field(default=0.0, ge=0)
+    feature: float = Field(default=0.0, ge=0)
+    dense: float = Field(default=0.0, ge=0)
+    task: float = Field(default=0.0, ge=0)
     share: float = Field(default=1.0, gt=0, le=1)
 
 
@@ -147,14 +166,17 @@ StagePlan = Annotated[TransferPlan | FinetunePlan, Field(discriminator="kind")]
 
 
 class EvalPlan(BaseModel):
-    """source None: the data set's own held-out part. limit: documents. length: positions per document. window, sinks:
-    the zero-token window of the table. window_only: train a window-only student on the same tokens for the table.
-    parts: numbers of documents by name, "0-48", scored apart as well. curve: the perplexity ratio is measured after
-    every so many tokens of training, on a few of the documents. lengths: where state and KV bytes are compared."""
+    """source None: the data set's own held-out part. limit: documents (sentences, images). length: positions per
+    document. pairs: scored pairs of sentences, for Spearman's rank correlation. window, sinks: the zero-token window of
+    the table (on images a circle around each patch, in patches). window_only: train a window-only student on the same
+    tokens for the table. parts: numbers of documents by name, "0-48", scored apart as well. curve: the main figure
+    is measured after every so many tokens of training, on a few of the documents. lengths: where state and KV
+    bytes are compared."""
 
     model_config = _STRICT
     source: str | None = None
     split: str | None = None
+    pairs: str | None = None
     limit: int | None = Field(default=None, gt=0)
     length: int = Field(default=255, gt=1)
     batch: int = Field(default=8, gt=0)
@@ -168,12 +190,19 @@ class EvalPlan(BaseModel):
 
 
 class GatePlan(BaseModel):
-    """What the result must reach, else exit code 4. linear_gain: NLL, in nats, that the linear branch must save
-    (True: any). perplexity_ratio: student over teacher, at most."""
+    """What the result must reach, else exit code 4.
+
+    Text: linear_gain, the NLL, in nats, that the linear branch must save (True: any); perplexity_ratio, student over
+    teacher, at most. Encoders: retained, the share of the teacher's own top-1 or Spearman that is left; cosine, of the
+    features to the teacher's; mrr, of retrieval: at least.
+    """
 
     model_config = _STRICT
     linear_gain: bool | float | None = None
     perplexity_ratio: float | None = Field(default=None, gt=0)
+    retained: float | None = Field(default=None, gt=0)
+    cosine: float | None = Field(default=None, gt=0, le=1)
+    mrr: float | None = Field(default=None, gt=0, le=1)
 
 
 class OutputPlan(BaseModel):
@@ -182,11 +211,23 @@ class OutputPlan(BaseModel):
     adapter_only: bool = False
 
 
+#: keys that a digest leaves out while they say nothing: they came after the first runs, whose digests stay
+_LATER = {
+    "": {"task": "text"},
+    "data": {"minimum": 1, "image_column": None, "label_column": None, "skip_bad": False},
+    "eval": {"pairs": None},
+    "gate": {"retained": None, "cosine": None, "mrr": None},
+    "stages": {"max_steps": None, "feature": 0, "dense": 0, "task": 0},
+}
+
+
 class Plan(BaseModel):
-    """A whole conversion. `published` holds a paper's own numbers, `measured` where ours are, or "not here"."""
+    """A whole conversion. task: what the model is for, "text" (a decoder), "sentences" (an encoder) or "image".
+    `published` holds a paper's own numbers, `measured` where ours are, or "not here"."""
 
     model_config = _STRICT
     version: Literal[1] = 1
+    task: Literal["text", "sentences", "image"] = "text"
     seed: int = Field(default=0, ge=0)
     model: ModelPlan = ModelPlan()
     method: MethodPlan = MethodPlan()
@@ -203,9 +244,11 @@ class Plan(BaseModel):
         cls,
         source: str | Path | Mapping[str, Any] | None = None,
         overrides: Mapping[str, Any] | Iterable[str | tuple[str, Any]] = (),
+        task: str | None = None,
     ) -> Plan:
         """The plan of a recipe (name, path or mapping; None: the defaults alone), with overrides applied last.
 
+        task: where the recipe does not name one ("text" where nobody does).
         overrides: {"stages.transfer.lr": 1e-3}, its items, or the command line's ["stages.transfer.lr=1e-3"].
         Raises InputError with one line for every unknown key or wrong value.
         """
@@ -214,9 +257,10 @@ class Plan(BaseModel):
         _known(cls, raw, (), errors)
         if errors:
             raise InputError(_lines(title, errors))
-        defaults = recipe.load(recipe.folder() / "defaults.yaml")
-        merged = recipe.merge(defaults, raw)
-        for path, value in recipe.pairs(overrides):
+        items = recipe.pairs(overrides)
+        asked = next((value for path, value in reversed(items) if path == "task"), None)
+        merged = recipe.merge(recipe.defaults(asked or raw.get("task") or task or "text"), raw)
+        for path, value in items:
             recipe.assign(merged, path, value)
         _known(cls, merged, (), errors)
         if errors:  # the recipe's own keys were fine
@@ -236,6 +280,11 @@ class Plan(BaseModel):
         for key in ("auto", "form"):  # how the recipe was found; the weights have a digest of their own
             del what["model"][key]
         del what["data"]["self_folder"]
+        for part, later in _LATER.items():
+            for node in what["stages"] if part == "stages" else [what[part] if part else what]:
+                for key, default in later.items():
+                    if key in node and node[key] == default:
+                        del node[key]
         what["method"]["mixer"] = self.mixer().model_dump(mode="json")
         text = json.dumps(what, sort_keys=True, separators=(",", ":"), allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()
@@ -265,10 +314,11 @@ class Plan(BaseModel):
             return self
         if max_steps < 1:
             raise InputError(f"--max-steps must be at least 1, not {max_steps}")
-        stages = [
-            stage.model_copy(update={"tokens": min(stage.tokens, max_steps * stage.batch * self.data.length)})
-            for stage in self.stages
-        ]
+        stages = []
+        for stage in self.stages:  # of text every sequence is of one length, and less has to be written
+            tokens = min(stage.tokens, max_steps * stage.batch * self.data.length)
+            most = min(max_steps, stage.max_steps or max_steps)
+            stages.append(stage.model_copy(update={"tokens": tokens} if self.task == "text" else {"max_steps": most}))
         return self.model_copy(update={"stages": stages})
 
     def checked(self) -> Plan:
@@ -301,24 +351,13 @@ class Plan(BaseModel):
                 f"data.length: {self.data.length} is more than the model's {positions} positions:"
                 " shorten it, or pass --allow-longer"
             )
-        window = getattr(settings, "window", None)
         for index, stage in enumerate(self.stages):
             at = stage.kind if sum(s.kind == stage.kind for s in self.stages) == 1 else index
-            if stage.tokens < self.data.length:
-                found.append(f"stages.{at}.tokens: {stage.tokens} is less than one sequence of {self.data.length}")
-            if isinstance(stage, TransferPlan):
-                if not (stage.output or stage.map or stage.far or stage.mass):
-                    found.append(f"stages.{at}: nothing to learn: give output, map, far or mass a weight above 0")
-                if stage.far_weight and not stage.output:
-                    found.append(f"stages.{at}.far_weight: it weighs the output error: give output a weight above 0")
-                for key in ("far", "mass", "window_drop", "far_weight"):
-                    if getattr(stage, key) and settings is not None and not window:
-                        found.append(f"stages.{at}.{key}: needs a window: set method.mixer.window, or {key} to 0")
-            elif not (stage.kl or stage.lm or stage.hidden):
-                found.append(f"stages.{at}: nothing to learn: give kl, lm or hidden a weight above 0")
+            found += stage_problems(self, f"stages.{at}", stage, settings)
         if self.output.adapter_only and any(getattr(stage, "mode", "") == "full" for stage in self.stages):
             found.append("output.adapter_only: full fine-tuning changes the base: write the model, or use mode: lora")
-        own = self.data.source in (None, "self")
+        found += task_problems(self)
+        own = self.task == "text" and self.data.source in (None, "self")
         if self.data.prompts and not own:
             found.append("data.prompts: they are for text that the teacher writes: drop them, or data.source")
         if self.data.chat and own and not self.data.prompts:
@@ -341,16 +380,17 @@ class Plan(BaseModel):
                 if self.method.layers == "auto"
                 else f"layers {self.method.layers}"
             ),
-            f"data      {self.data.source or 'self (the teacher writes it)'}, sequences of {self.data.length}"
+            f"data      {self.data.source or 'self (the teacher writes it)'}"
+            + ("" if self.task == "image" else f", {SAID[self.task]} {self.data.length}")
             + (f", completing {self.data.prompts}" if self.data.prompts else "")
             + (", chat" if self.data.chat else "")
             + (", completions only" if self.data.completion_only else ""),
         ]
         for stage in self.stages:
-            keys = ("output", "map", "far", "mass") if isinstance(stage, TransferPlan) else ("kl", "lm", "hidden")
-            losses = " + ".join(f"{getattr(stage, k):g} {k}" for k in keys if getattr(stage, k))
+            losses = " + ".join(f"{getattr(stage, k):g} {k}" for k in LOSSES[stage.kind] if getattr(stage, k))
+            steps = f" in {stage.steps(self.data.length):,} steps" if self.task == "text" else ", steps"
             line = (
-                f"{stage.kind:<10}{stage.tokens:,} tokens in {stage.steps(self.data.length):,} steps of {stage.batch},"
+                f"{stage.kind:<10}{stage.tokens:,} tokens{steps} of {stage.batch},"
                 f" lr {stage.lr:g} {stage.schedule}, loss {losses}"
             )
             if isinstance(stage, FinetunePlan):
@@ -361,8 +401,11 @@ class Plan(BaseModel):
             lines.append(line)
         gates = [f"{k} {v}" for k, v in self.gate.model_dump().items() if v]
         lines.append(
-            f"eval      {self.eval.source or 'held-out data'}, {self.eval.length} positions, against a window of"
-            f" {self.eval.window}" + (f" + {self.eval.sinks} sinks" if self.eval.sinks else "")
+            f"eval      {self.eval.source or 'held-out data'}"
+            + ("" if self.task == "image" else f", {self.eval.length} positions")
+            + (f", pairs {self.eval.pairs}" if self.eval.pairs else "")
+            + f", against a window of {self.eval.window}"
+            + (f" + {self.eval.sinks} sinks" if self.eval.sinks else "")
         )
         if gates:
             lines.append(f"gate      {', '.join(gates)}")

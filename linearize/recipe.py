@@ -30,6 +30,13 @@ def recipes() -> list[str]:
     )
 
 
+def defaults(task: str) -> dict[str, Any]:
+    """What every recipe of a task starts from: `defaults.yaml`, and over it what is different for the task."""
+    own = folder() / f"defaults-{task}.yaml"
+    common = load(folder() / "defaults.yaml")
+    return merge(common, load(own)) if own.is_file() else common
+
+
 def locate(name: str | Path) -> Path:
     """The file of a recipe given by path or by name (`hedgehog/demo`, or `demo` where only one is called so)."""
     path, text = Path(name), str(name)

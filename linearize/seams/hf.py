@@ -48,6 +48,7 @@ __all__ = [
     "bidirectional_mask_function",
     "causal_mask_function",
     "get_implementation",
+    "mapped",
     "masks",
     "register_subclass",
     "set_implementation",
@@ -88,11 +89,16 @@ def auto_class(config: type[Any], model: type[PreTrainedModel]) -> type[Any]:
 
     for name in ("AutoModelForCausalLM", "AutoModel", *sorted(n for n in dir(transformers) if n.startswith("Auto"))):
         auto = getattr(transformers, name)
-        found = getattr(auto, "_model_mapping", None) or {}
-        made = found.get(config, None) if hasattr(found, "get") else None
-        if model in (made if isinstance(made, tuple) else (made,)):
+        if model in mapped(auto, config):
             return auto
     raise Unsupported(f"transformers has no auto class for {model.__name__}: save an adapter")
+
+
+def mapped(auto: type[Any], config: type[Any]) -> tuple[type[Any], ...]:
+    """The model classes that an auto class knows for a configuration class."""
+    found = getattr(auto, "_model_mapping", None)
+    made = found.get(config, None) if hasattr(found, "get") else None
+    return made if isinstance(made, tuple) else () if made is None else (made,)
 
 
 def base_classes(model_type: str, architecture: str) -> tuple[type[Any], type[PreTrainedModel]] | None:

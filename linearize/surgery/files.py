@@ -25,6 +25,7 @@ from linearize.seams import hf
 from linearize.storage import atomic_folder, write_atomic
 from linearize.surgery.attach import Surgery, attach
 from linearize.surgery.port import CHILD, PORT
+from linearize.surgery.recognise import PREFIX, fingerprint, form, recognise
 from linearize.surgery.select import find
 from linearize.types import InputError, StorageError, Unsupported
 
@@ -32,7 +33,6 @@ log = logging.getLogger("linearize")
 
 #: of the `linearize` block in config.json and of linearize_config.json; a newer one is refused
 FORMAT = 1
-PREFIX = "linearized_"
 MODULE = "modeling_linearized"
 
 _TEMPLATE = '''"""Loads this checkpoint: a model whose attention was linearised. It needs `pip install linearize`."""
@@ -329,15 +329,6 @@ def _damage(path: Path) -> str | None:
 # ------------------------------------------------------------------------------------------------- adapter only
 ADAPTER_CONFIG = "linearize_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-#: what of a base's configuration an adapter's tensors depend on
-_FORM = (
-    "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "head_dim", "tie_word_embeddings",
-)  # fmt: skip
-#: KL in nats per token between a base and the copy it is recognised in. Measured (stories15M, SmolLM2-135M): bf16
-#: 0.0003, 8-bit 0.001, 4-bit in groups of 32 to 64 0.04-0.33; a layer exchanged or 5 steps of fine-tuning 0.5, random
-#: weights 5-7.
-_SAME, _COPY = 0.02, 0.5
 _LORA_KEYS = (
     "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora", "bias", "fan_in_fan_out",
     "rank_pattern", "alpha_pattern",
@@ -350,10 +341,12 @@ def write_adapter(
     *,
     base: str | None,
     revision: str | None = None,
+    task: str = "text",
     plan: Mapping[str, Any] | None = None,
 ) -> None:
     """Write what surgery and LoRA added into `folder`, file by file (see `write`). base: the name that the model was
-    loaded by (None: the embedded teacher); its weights must be those that name stands for, not fine-tuned in full.
+    loaded by (None: the embedded teacher of `task`); its weights must be those that name stands for, not fine-tuned in
+    full.
 
     Raises InputError where the model is not converted, Unsupported for LoRA that cannot be written.
     """
@@ -365,7 +358,13 @@ def write_adapter(
     said = {
         "format": FORMAT,
         "version": linearize.__version__,
-        "base": {"id": base, "revision": revision, "form": _form(model), "fingerprint": fingerprint(model)},
+        "base": {
+            "id": base,
+            "revision": revision,
+            "task": task,
+            "form": form(model),
+            "fingerprint": fingerprint(model),
+        },
         "linearize": describe(surgery),
         "lora": _lora(model),
         "plan": dict(plan) if plan is not None else None,
@@ -380,12 +379,13 @@ def save_adapter(
     *,
     base: str | None,
     revision: str | None = None,
+    task: str = "text",
     plan: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> Path:
     """`write_adapter`, whole or not at all; returns the folder. Raises StorageError too."""
     with atomic_folder(folder, overwrite) as part:
-        write_adapter(model, part, base=base, revision=revision, plan=plan)
+        write_adapter(model, part, base=base, revision=revision, task=task, plan=plan)
     return Path(folder)
 
 
@@ -414,7 +414,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, name: str | None = Non
     said, folder = read_adapter(folder), Path(folder)
     if Surgery.of(model) is not None:
         raise InputError("this model is converted already: detach it, or load the base again")
-    _recognise(model, said["base"], name or getattr(model, "name_or_path", "") or type(model).__name__)
+    recognise(model, said["base"], name or getattr(model, "name_or_path", "") or type(model).__name__)
     if problem := _damage(folder / ADAPTER_WEIGHTS):
         raise StorageError(f"{folder / ADAPTER_WEIGHTS} is damaged: {problem}; download or save it again")
     tensors = load_file(folder / ADAPTER_WEIGHTS)
@@ -443,97 +443,6 @@ def load_adapter(model: nn.Module, folder: str | Path, *, name: str | None = Non
             tensor.copy_(tensors[key])
     model.eval()
     return surgery
-
-
-def fingerprint(model: nn.Module) -> dict[str, Any]:
-    """How a language model is recognised in any precision: prompts, and its likeliest next tokens there.
-
-    Four prompts start with fixed ids and are continued greedily by the teacher (mixers and LoRA off). Log
-    probabilities of the 8 likeliest tokens at the last 8 positions of each.
-    """
-    config: Any = model.config
-    vocabulary = config.get_text_config().vocab_size
-    first = config.get_text_config().bos_token_id
-    device = next(p for p in model.parameters() if p.device.type != "meta").device
-    places = [[p * 7919 + vocabulary // 3, p * 104729 + vocabulary // 5] for p in range(4)]
-    start = [[first if isinstance(first, int) else 0, *(place % vocabulary for place in pair)] for pair in places]
-    ids_BT = torch.tensor(start, device=device)
-    with _as_teacher(model):
-        for _ in range(12):
-            last_BV = model(input_ids=ids_BT, use_cache=False).logits[:, -1]
-            ids_BT = torch.cat([ids_BT, last_BV.argmax(-1, keepdim=True)], 1)
-        logits_BTV = model(input_ids=ids_BT, use_cache=False).logits[:, -8:]
-    top = logits_BTV.float().log_softmax(-1).topk(8, -1)
-    values = [[[round(v, 4) for v in row] for row in rows] for rows in top.values.tolist()]
-    return {"prompts": ids_BT.tolist(), "tokens": top.indices.tolist(), "log_probabilities": values}
-
-
-def distance(model: nn.Module, known: Mapping[str, Any]) -> tuple[float, float]:
-    """(KL in nats per token from the model a fingerprint was taken of to this one, that model's KL from uniform).
-
-    Both over the fingerprint's tokens and the rest of the vocabulary as one.
-    """
-    device = next(p for p in model.parameters() if p.device.type != "meta").device
-    ids_BT = torch.tensor(known["prompts"], device=device)
-    tokens = torch.tensor(known["tokens"], device=device)
-    with _as_teacher(model):
-        logits_BTV = model(input_ids=ids_BT, use_cache=False).logits[:, -tokens.shape[1] :]
-    here = _with_rest(logits_BTV.float().log_softmax(-1).gather(-1, tokens))
-    there = _with_rest(torch.tensor(known["log_probabilities"], device=device))
-    size, chosen = logits_BTV.shape[-1], tokens.shape[-1]
-    even = torch.tensor([1 / size] * chosen + [max(size - chosen, 1) / size], device=device).log()
-    apart, certain = ((there.exp() * (there - other)).sum(-1).mean() for other in (here, even))
-    return float(apart), float(certain)
-
-
-def _with_rest(log_p: Tensor) -> Tensor:
-    rest = (1 - log_p.exp().sum(-1, keepdim=True)).clamp(min=1e-4).log()
-    return torch.cat([log_p, rest], -1)
-
-
-@contextlib.contextmanager
-def _as_teacher(model: nn.Module) -> Iterator[None]:
-    surgery, training = Surgery.of(model), model.training
-    model.eval()
-    try:
-        with torch.no_grad(), surgery.teacher() if surgery else contextlib.nullcontext():
-            yield
-    finally:
-        model.train(training)
-
-
-def _form(model: nn.Module) -> dict[str, Any]:
-    config: Any = model.config
-    text: Any = config.get_text_config()
-    sizes = {key: getattr(text, key, None) for key in _FORM}
-    return {**sizes, "model_type": text.model_type.removeprefix(PREFIX)}
-
-
-def _recognise(model: nn.Module, base: Mapping[str, Any], name: str) -> None:
-    """Raises InputError where `model` is not the base an adapter was made for."""
-    wanted = base["id"] or "the embedded teacher"
-    wanted += f" (revision {base['revision']})" if base["revision"] else ""
-    here = _form(model)
-    for key, value in base["form"].items():
-        if here.get(key) != value:
-            raise InputError(
-                f"this adapter was made for {wanted}, not for {name}: {key} is {value} there and {here.get(key)} here"
-            )
-    apart, certain = distance(model, base["fingerprint"])
-    limit = min(_COPY, certain / 4)  # two models that know next to nothing are never far apart
-    if not apart <= limit:
-        raise InputError(
-            f"this adapter was made for {wanted}, not for {name}: on the same prompts their predictions are "
-            f"{apart:.2g} nats per token apart (at most {limit:.2g} in a quantised copy)"
-        )
-    if apart > _SAME:
-        log.warning(
-            "%s predicts differently from %s, which the adapter was made for (%.2g nats per token): fine for a 4-bit "
-            "copy, wrong for a fine-tuned one",
-            name,
-            wanted,
-            apart,
-        )
 
 
 def _added(model: nn.Module) -> dict[str, Tensor]:

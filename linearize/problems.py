@@ -1,0 +1,60 @@
+"""What is wrong with a plan's stages, and with settings its task has no use for: one line each, with what to do."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from linearize.plan import Plan, StagePlan
+
+#: the losses of each stage, as recipes weigh them
+LOSSES = {
+    "transfer": ("output", "map", "far", "mass"),
+    "finetune": ("kl", "lm", "hidden", "feature", "dense", "task"),
+}
+SAID = {"text": "sequences of", "sentences": "sentences of at most"}
+PLURAL = {"text": "text", "sentences": "sentences", "image": "images"}
+#: losses that a task has nothing for
+FOREIGN = {"text": {"feature", "dense", "task"}, "sentences": {"lm"}, "image": {"lm"}}
+
+
+def stage_problems(plan: Plan, at: str, stage: StagePlan, settings: Any) -> list[str]:
+    """Of one stage. at: what it is called; settings: the mixer's (None where they are wrong themselves)."""
+    found = []
+    if plan.task != "image" and stage.tokens < plan.data.length:
+        found.append(f"{at}.tokens: {stage.tokens} is less than one sequence of {plan.data.length}")
+    losses = [key for key in LOSSES[stage.kind] if key not in FOREIGN[plan.task]]
+    if not any(getattr(stage, key) for key in losses):
+        found.append(f"{at}: nothing to learn: give {', '.join(losses[:-1])} or {losses[-1]} a weight above 0")
+    for key in set(LOSSES[stage.kind]) & FOREIGN[plan.task]:
+        if getattr(stage, key):
+            found.append(f"{at}.{key}: is no loss of a model of {PLURAL[plan.task]}: give {', '.join(losses)} a weight")
+    if stage.kind == "finetune":
+        return found
+    if stage.far_weight and not stage.output:
+        found.append(f"{at}.far_weight: it weighs the output error: give output a weight above 0")
+    for key in ("far", "mass", "window_drop", "far_weight"):
+        if getattr(stage, key) and settings is not None and not getattr(settings, "window", None):
+            found.append(f"{at}.{key}: needs a window: set method.mixer.window, or {key} to 0")
+    return found
+
+
+def task_problems(plan: Plan) -> list[str]:
+    """Settings that say something which a model of this task has no use for."""
+    task, data, gate = plan.task, plan.data, plan.gate
+    text_only = ("prompts", "chat", "completion_only", "self_folder", "self_seed")
+    foreign = {
+        "text": ("image_column", "label_column", "skip_bad"),
+        "sentences": (*text_only, "image_column", "skip_bad"),
+        "image": (*text_only, "text_column"),
+    }[task]
+    found = [f"data.{key}: has no meaning for {PLURAL[task]}: drop it" for key in foreign if getattr(data, key)]
+    if task != "text" and data.source in (None, "self"):
+        found.append(f"data.source: name {PLURAL[task]} to train on (--dataset), without labels is enough")
+    if plan.eval.pairs and task != "sentences":
+        found.append(f"eval.pairs: scored pairs are of sentences, this model is for {PLURAL[task]}: drop it")
+    gates = ("retained", "cosine", "mrr") if task == "text" else ("linear_gain", "perplexity_ratio")
+    if task == "image":
+        gates = (*gates, "mrr")
+    found += [f"gate.{key}: is not measured on {PLURAL[task]}: drop it" for key in gates if getattr(gate, key)]
+    return found
