@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "data": {"progress", "seams", "storage", "types"},
     "models": {"seams", "surgery", "types"},
     "report": {"mixers", "storage", "types"},
-    "stages": {"data", "mixers", "plan", "progress", "storage", "surgery", "types"},
+    "stages": {"data", "mixers", "plan", "problems", "progress", "storage", "surgery", "types"},
     "evaluate": {"data", "mixers", "plan", "progress", "stages", "surgery", "types"},
     "testing": {"mixers", "ops", "types"},
     "answers": {"report"},

@@ -139,11 +139,11 @@ def test_losses_in_blocks_are_the_losses(losses, share, monkeypatch):
     for plain in (True, False):
         made = job({"window": 4})
         objective = Finetune(made, FINETUNE.model_copy(update={**losses, "share": share, "lora": LoraPlan(r=2)}))
-        objective.looked = not plain  # looked and found nothing: whole logits
+        objective.targets.looked = not plain  # looked and found nothing: whole logits
         torch.manual_seed(0)
         values = objective.loss(batch_of(made.data), 0)
         values["loss"].backward()
-        assert (objective.head is not None) == plain
+        assert (objective.targets.head is not None) == plain
         grads = {n: p.grad for n, p in made.model.named_parameters() if p.grad is not None}
         found.append(({k: v.detach() for k, v in values.items()}, grads))
     torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-7)
@@ -154,7 +154,7 @@ def test_a_soft_cap_is_never_skipped():
     made = job(family="gemma2")
     objective = Finetune(made, FINETUNE)
     objective.loss(batch_of(made.data), 0)
-    assert objective.looked and objective.head is None
+    assert objective.targets.looked and objective.targets.head is None
 
 
 def test_lora_never_enters_a_mixer():

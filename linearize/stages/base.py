@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -32,6 +34,7 @@ class Job:
     model: nn.Module
     surgery: Surgery
     data: Examples
+    pool: Callable[[Tensor, dict[str, Tensor]], Tensor] | None = None
     seed: int = 0
     work: Path | None = None
     digest: str = ""
@@ -78,6 +81,24 @@ def share_of(total: Tensor, weight: Tensor) -> Tensor:
         dist.all_reduce(weight)
         weight = weight / dist.get_world_size()
     return total / weight.clamp(min=torch.finfo(weight.dtype).tiny)
+
+
+@functools.cache
+def _parameters(cls: type[nn.Module]) -> frozenset[str]:
+    return frozenset(inspect.signature(cls.forward).parameters)
+
+
+def inputs(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Any]:
+    """What the model is called with for a batch: on its device, pixels in its dtype, without labels, and without a
+    cache where it keeps one."""
+    weight = next(p for p in model.parameters() if p.is_floating_point())
+    found: dict[str, Any] = {}
+    for name, value in batch.items():
+        if name != "labels":
+            found[name] = value.to(weight.device, weight.dtype if value.is_floating_point() else None)
+    if "use_cache" in _parameters(type(model)):
+        found["use_cache"] = False
+    return found
 
 
 def body(model: nn.Module) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Fine-tuning: recover end to end what transfer left, by LoRA or in full, against the teacher's own logits.
+"""Fine-tuning: recover end to end what transfer left, by LoRA or in full, against the teacher itself.
 
 The teacher is the same model with the mixers and the LoRA switched off. LoRA is injected by name around the converted
 layers, never inside a mixer; mixers are ordinary parameters, trained at `mixer_lr` or frozen.
@@ -6,22 +6,18 @@ layers, never inside a mixer; mixers are ordinary parameters, trained at `mixer_
 
 from __future__ import annotations
 
-import inspect
-import logging
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from linearize.plan import FinetunePlan
-from linearize.stages.base import Job, body, share_of
-from linearize.stages.head import head_losses, logit_losses, plain_head
+from linearize.problems import LOSSES
+from linearize.stages.base import Job
 from linearize.stages.loop import train
+from linearize.stages.targets import Features, NextTokens
 from linearize.surgery.port import CHILD
 from linearize.types import InputError, StageReport
-
-log = logging.getLogger(__name__)
 
 
 def lora_targets(model: nn.Module, sites: list[str], wanted: str | list[str]) -> list[str]:
@@ -61,7 +57,7 @@ def inject_lora(model: nn.Module, plan: FinetunePlan, sites: list[str]) -> dict[
 
 
 class Finetune:
-    """The objective of the stage: a mix of logit KL, next-token loss and hidden-state matching."""
+    """The objective of the stage: a mix of the losses in targets.py, against the teacher or against labels."""
 
     def __init__(self, job: Job, plan: FinetunePlan, name: str = "finetune") -> None:
         self.job, self.plan, self.name = job, plan, name
@@ -80,67 +76,14 @@ class Finetune:
         for parameters, _ in self.groups:
             for parameter in parameters.values():
                 parameter.requires_grad_(True)
-        self.head, self.looked = None, False  # found at the first batch: it takes one to compare
-        self.picks = "logits_to_keep" in inspect.signature(model.forward).parameters
-        if plan.mode == "full" and (plan.kl or plan.hidden):
+        self.targets = (NextTokens if job.pool is None else Features)(job, plan)
+        if plan.mode == "full" and any(getattr(plan, key) for key in LOSSES["finetune"] if key not in ("lm", "task")):
             self.frozen = _Frozen(weights)
 
     def loss(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
-        plan = self.plan
-        labels = batch["labels"]
-        inputs: dict[str, Any] = {k: v for k, v in batch.items() if k != "labels"}
-        inputs["use_cache"] = False
-        if plan.hidden:
-            inputs["output_hidden_states"] = True
-        if not self.looked:
-            self.head, self.looked = self._plain_head(inputs), True
-        places_P = self._places(labels)
-        target_BP = labels[:, (places_P + 1).clamp(max=labels.shape[1] - 1)]
-        learn_BP = (target_BP != -100) & (places_P + 1 < labels.shape[1])
-        keep = {"logits_to_keep": places_P} if self.picks and len(places_P) < labels.shape[1] else {}
-        run = body(self.job.model) if self.head else partial(self.job.model, **keep)
-        student = run(**inputs)
-        teacher = None
-        if plan.kl or plan.hidden:
-            with torch.no_grad(), self._teacher():
-                teacher = run(**inputs)
-        if self.head:
-            rows = (output and output.last_hidden_state[:, places_P].flatten(0, 1) for output in (student, teacher))
-            wanted_N = target_BP.masked_fill(~learn_BP, -100).flatten()
-            losses = head_losses(*rows, self.head, wanted_N, kl=plan.kl > 0, lm=plan.lm > 0)
-        else:
-            rows = (output and (output.logits if keep else output.logits[:, places_P]) for output in (student, teacher))
-            losses = logit_losses(*rows, target_BP.masked_fill(~learn_BP, -100), kl=plan.kl > 0, lm=plan.lm > 0)
-        weight_N = learn_BP.flatten().float()
-        parts: dict[str, Tensor] = {}
-        for name, loss_N in losses._asdict().items():
-            if getattr(plan, name):
-                parts[name] = share_of((loss_N * weight_N).sum(), weight_N.sum())
-        if plan.hidden and teacher is not None:
-            pairs = zip(student.hidden_states[1:], teacher.hidden_states[1:], strict=True)
-            errors = [share_of(((a - b).float() ** 2).sum(), (b.float() ** 2).sum()) for a, b in pairs]
-            parts["hidden"] = torch.stack(errors).mean()
-        total = torch.stack([getattr(plan, name) * value for name, value in parts.items()]).sum()
+        parts = self.targets(batch, self._teacher)
+        total = torch.stack([getattr(self.plan, name) * value for name, value in parts.items()]).sum()
         return {"loss": total, **parts}
-
-    def _plain_head(self, inputs: dict[str, Any]) -> nn.Linear | None:
-        """The head whose losses are computed a block at a time, None where logits are more than that."""
-        one = {k: v[:1] if isinstance(v, Tensor) else v for k, v in inputs.items()}
-        with torch.no_grad(), self.job.surgery.teacher():
-            head = plain_head(
-                self.job.model, body(self.job.model)(**one).last_hidden_state, self.job.model(**one).logits
-            )
-        if head is None:
-            log.info("finetune: logits are not one frozen linear layer here; they are held whole")
-        return head
-
-    def _places(self, labels_BT: Tensor) -> Tensor:
-        """The positions whose logits are computed: all, or a random share (the same for every row of the batch)."""
-        T = labels_BT.shape[1]
-        if self.plan.share == 1.0:
-            return torch.arange(T, device=labels_BT.device)
-        count = max(1, round(self.plan.share * T))
-        return torch.randperm(T, device="cpu")[:count].sort().values.to(labels_BT.device)
 
     def _teacher(self) -> Any:
         if self.plan.mode == "full":

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from linearize.mixers.base import Mixer
 from linearize.mixers.parts import Branches, Local
 from linearize.plan import TransferPlan
-from linearize.stages.base import Job, body, share_of
+from linearize.stages.base import Job, body, inputs, share_of
 from linearize.stages.loop import train
 from linearize.surgery.attach import Surgery
 from linearize.types import Context, InputError, Site, StageReport
@@ -29,7 +29,7 @@ class _LastSite(Exception):
 
 
 class Transfer:
-    """The objective of the stage. Losses per site, in the order of the sites, are logged as `layer.<i>`."""
+    """The objective of the stage. Losses of each call of a mixer, in their order, are logged as `layer.<i>`."""
 
     def __init__(self, surgery: Surgery, plan: TransferPlan, name: str = "transfer") -> None:
         self.surgery, self.plan, self.name = surgery, plan, name
@@ -37,6 +37,9 @@ class Transfer:
         self.groups = [(parameters, plan.lr)]
         if not parameters:
             raise InputError(f"method {surgery.method!r} has no parameters to transfer; drop the transfer stage")
+        if plan.map and (signed := next((n for n, m in surgery.mixers.items() if m.signed), None)):
+            raise InputError(f"stages.{name}.map: weights of {surgery.method} may be negative ({signed}): use output")
+        self.calls = surgery.calls
         surgery.model.requires_grad_(False)
         for parameter in parameters.values():
             parameter.requires_grad_(True)
@@ -47,12 +50,12 @@ class Transfer:
         def watcher(site: Site, mixer: Mixer, q: Tensor, k: Tensor, v: Tensor, ctx: Context, o: Tensor) -> None:
             with torch.enable_grad():
                 losses.append(site_loss(mixer, q, k, v, ctx, o, self.plan, step))
-            if len(losses) == len(self.surgery.mixers):
+            if len(losses) == self.calls:
                 raise _LastSite
 
-        inputs = {k: v for k, v in batch.items() if k != "labels"}
+        model = body(self.surgery.model)
         with torch.no_grad(), self.surgery.watch(watcher), contextlib.suppress(_LastSite):
-            body(self.surgery.model)(**inputs, use_cache=False)
+            model(**inputs(model, batch))
         total = torch.stack(losses).mean()
         return {"loss": total, **{f"layer.{i}": value for i, value in enumerate(losses)}}
 

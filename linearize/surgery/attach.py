@@ -55,6 +55,13 @@ class Surgery:
         """Mixers by site name (none where another handle detached them)."""
         return {name: getattr(module, CHILD) for name, module in self._modules.items() if PORT in module.__dict__}
 
+    @property
+    def calls(self) -> int | None:
+        """How often one forward of the model calls its mixers (layers may share one); None where that was not counted,
+        in a model that was loaded."""
+        counted = [port.calls for port in self._ports()]
+        return None if None in counted else sum(n for n in counted if n is not None)
+
     def parameters(self) -> list[nn.Parameter]:
         """The mixers' parameters, in the order of the sites."""
         return [p for mixer in self.mixers.values() for p in mixer.parameters()]

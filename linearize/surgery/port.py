@@ -60,6 +60,7 @@ class Port:
     rotates: bool = True
     rotary_channels: int | None = None  # how many channels of a head the family rotates (None: as many as cos has)
     call: Call | None = None
+    calls: int | None = None  # of one forward of the model, as the probe counted them (None: not probed)
     entered: int = 0
     fired: int = 0
     seen: list[Seen] = field(default_factory=list)

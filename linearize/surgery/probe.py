@@ -63,6 +63,7 @@ def probe(model: nn.Module, ports: Sequence[Port], run: Callable[[nn.Module], An
                 "module would share one place in the cache"
             )
         for port in ports:
+            port.calls = port.fired
             _check_shapes(port)
             _check_scores(port)
             _check_grid(port, model.get_submodule(f"{port.site.name}.{CHILD}"))
