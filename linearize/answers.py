@@ -90,6 +90,7 @@ class Evaluated:
     rows: list[Any]
     evaluation: str
     verdict: Any
+    task: str = "text"
 
     def as_dict(self) -> dict[str, Any]:
         rows = [row.model_dump(mode="json") for row in self.rows]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -199,7 +199,7 @@ def convert(
     return run(
         resolved,
         model=None if named else model,
-        tokenizer=tokenizer,
+        processor=tokenizer,
         data=data,
         device=device,
         resume=resume,
@@ -212,6 +212,8 @@ def evaluate(
     model: str | Path,
     *,
     data: str | None = None,
+    split: str | None = None,
+    pairs: str | None = None,
     teacher: str | Path | None = None,
     limit: int | None = None,
     length: int | None = None,
@@ -221,17 +223,17 @@ def evaluate(
 ) -> Evaluated:
     """Measure a converted folder against its teacher, the zero-token window and its own branches.
 
-    data: a text source; None: the recipe's, or the held-out text in the folder. teacher: the model that was converted
-    (None: what the folder's recipe names). Raises InputError, StorageError.
+    data: a source of what the model reads; None: the recipe's, or the held-out part in the folder. split: of data.
+    pairs: scored pairs of sentences. teacher: the model that was converted (None: what the folder's recipe names).
+    Raises InputError, StorageError.
     """
     from contextlib import nullcontext
     from functools import partial
 
-    from linearize import models
-    from linearize.conversion import HELD_OUT, described, read_documents, text_documents
-    from linearize.evaluate import quality
+    from linearize import models, tasks
+    from linearize.evaluate.quality import STUDENT
     from linearize.plan import Plan
-    from linearize.report import schema, verdict
+    from linearize.report import verdict
     from linearize.surgery.attach import Surgery
     from linearize.surgery.twin import twin
     from linearize.types import InputError
@@ -240,39 +242,35 @@ def evaluate(
     if not (folder / "resolved_recipe.yaml").is_file():
         raise InputError(f"{model} is no folder that convert wrote: it has no resolved_recipe.yaml")
     plan = Plan.read(folder / "resolved_recipe.yaml")
-    changed = {k: v for k, v in {"source": data, "limit": limit, "length": length}.items() if v is not None}
+    asked = {"source": data, "pairs": pairs, "split": split, "limit": limit, "length": length}
+    changed: dict[str, Any] = {k: v for k, v in asked.items() if v is not None}
+    if data is not None:
+        changed = {"split": None, **changed, "parts": {}}
     plan = plan.model_copy(
         update={"eval": plan.eval.model_copy(update=changed), "seed": plan.seed if seed is None else seed}
-    )
-    student = models.load_converted(model, device=device, trust_remote_code=trust_remote_code)
+    ).checked()
+    options: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code, "task": plan.task}
+    student = models.load_converted(model, **options)
     surgery = Surgery.of(student.model)
     assert surgery is not None
-    base = models.load_model(
-        teacher or plan.model.id, dtype=student.model.dtype, device=device, trust_remote_code=trust_remote_code
-    ).model
-    if plan.eval.source or plan.data.valid:
-        documents = text_documents(plan, student.tokenizer)
-    elif (folder / HELD_OUT).is_file():
-        documents = [ids[:length] for ids in read_documents(folder / HELD_OUT)[:limit]]
-    else:
-        raise InputError("this folder holds no text to measure on: name one with --dataset")
-    window = twin(base, "window", {"window": plan.eval.window, "sinks": plan.eval.sinks})
+    base = models.load_model(teacher or plan.model.id, dtype=student.model.dtype, **options)
+    task = tasks.of(plan.task)(plan, base.model, base.processor, models.home(base.model, base.source))
+    exam = task.kept(folder) if task.held_out else task.exam(None)
+    if exam is None:
+        raise InputError("this folder holds nothing to measure on: name data with --dataset")
+    zero = [(name, twin(base.model, method, settings, surgery.sites)) for name, method, settings in task.zero]
     branches = sorted({branch for mixer in surgery.mixers.values() for branch in mixer.branches})
-    rows = quality.compare(
+    scores = exam.measure(
         student.model,
-        documents,
         [
-            (quality.STUDENT, nullcontext),
+            (STUDENT, nullcontext),
             *((branch, partial(surgery.ablate, branch)) for branch in branches),
-            (quality.WINDOW, lambda: nullcontext(window)),
+            *((name, partial(nullcontext, other)) for name, other in zero),
         ],
-        teacher=lambda: nullcontext(base),
-        batch=plan.eval.batch,
-        window=plan.eval.window,
-        seed=plan.seed,
+        lambda: nullcontext(base.model),
     )
-    table = [schema.Row(**asdict(row)) for row in rows]
-    return Evaluated(table, described(plan, documents), verdict.judge(table, plan.gate.model_dump()))
+    table = exam.rows(scores, plan.seed)
+    return Evaluated(table, exam.words, verdict.judge(table, plan.gate.model_dump()), plan.task)
 
 
 def bench(

@@ -17,15 +17,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from linearize import models
+from linearize import models, tasks
 from linearize.answers import Resolved
-from linearize.data import text
-from linearize.data.selfgen import fingerprint, selfgen
-from linearize.data.text import Tokens
-from linearize.evaluate import diagnostics, generation, quality
+from linearize.data.examples import Examples
+from linearize.data.selfgen import fingerprint
+from linearize.evaluate import quality
 from linearize.measuring import Measure, Work, rivals
 from linearize.plan import FinetunePlan, Plan, TransferPlan
 from linearize.report import card, html, provenance, schema, verdict
@@ -39,15 +37,11 @@ from linearize.surgery import files
 from linearize.surgery.attach import Surgery, attach
 from linearize.surgery.port import CHILD
 from linearize.surgery.select import break_even
+from linearize.tasks import Exam, Task
 from linearize.types import GateError, InputError, Site, StageReport, Unsupported
 
 if TYPE_CHECKING:
     from linearize.report.schema import Report
-
-HELD_OUT = "held_out.safetensors"
-PROMPT_TOKENS = 24  # of a prompt for the side-by-side sample
-DIAGNOSED = 4, 256  # documents whose attention maps are looked into, and how many tokens of each: maps are T x T
-PICTURED = 96  # tokens of an attention picture
 
 
 @dataclass
@@ -57,7 +51,7 @@ class Converted:
     model: nn.Module
     surgery: Surgery
     report: Report
-    tokenizer: Any = None
+    processor: Any = None
     folder: Path | None = None
 
     def as_dict(self) -> dict[str, Any]:
@@ -87,8 +81,8 @@ def run(
     resolved: Resolved,
     *,
     model: nn.Module | None = None,
-    tokenizer: Any = None,
-    data: str | Path | Sequence[str] | Tokens | None = None,
+    processor: Any = None,
+    data: str | Path | Sequence[Any] | Examples | None = None,
     device: str = "auto",
     resume: bool = False,
     trust_remote_code: bool = False,
@@ -107,17 +101,16 @@ def run(
             return _finished(target, plan)
         with processes.in_turn():
             work = _work(target, resume, check=processes.first)
+    origin = resolved.source
     if model is None:
-        assert resolved.source is not None
-        say(f"loading {resolved.source.id or 'the embedded teacher'}")
-        loaded = models.load_model(
-            resolved.source, dtype=plan.model.dtype, device=device, trust_remote_code=trust_remote_code
-        )
-        model, tokenizer = loaded.model, tokenizer or loaded.tokenizer
+        assert origin is not None
+        say(f"loading {origin.id or 'the embedded teacher'}")
+        loaded = models.load_model(origin, dtype=plan.model.dtype, device=device, trust_remote_code=trust_remote_code)
+        model, processor = loaded.model, processor or loaded.processor
         resolved = replace(resolved, notes=(*resolved.notes, *loaded.notes))
     assert model is not None
-    if tokenizer is None and not isinstance(data, Tokens):
-        tokenizer = models.tokenizer_of(model)
+    if processor is None and not isinstance(data, Examples):
+        processor = models.processor_of_model(model, plan.task)
     model.eval()
 
     sites, chosen, left = choose(plan, model)
@@ -125,10 +118,14 @@ def run(
     resolved = replace(resolved, plan=plan, notes=(*resolved.notes, *idle))
     say(f"{len(chosen)} of {len(sites)} attention layers will be converted to {plan.method.name}")
     original = fingerprint(model)
+    task = tasks.of(plan.task)(plan, model, processor, models.home(model, origin))
     with _tidy(work):
         with processes.in_turn():
-            train_data, valid = _data(plan, model, tokenizer, data, work, say)
-        documents = text_documents(plan, tokenizer) if valid is None else held_out(valid, plan)
+            train_data, valid = task.read(data, work.folder, say), None
+            if task.held_out:
+                train_data, valid = train_data.hold_out(plan.data.valid_tokens)
+        exam = task.exam(valid)
+        resolved = replace(resolved, notes=(*resolved.notes, *train_data.notes))
         digest = hashlib.sha256(f"{plan.digest()}{original}{train_data.digest}".encode()).hexdigest()
         with processes.in_turn():
             _check_digest(work, digest)
@@ -137,13 +134,14 @@ def run(
         frozen = copy.deepcopy(model) if full else None  # full fine-tuning changes what LoRA would leave alone
         surgery = attach(model, chosen, plan.method.name, plan.mixer())
         teacher = surgery.teacher if frozen is None else lambda: nullcontext(frozen)
-        measure = Measure(plan, work, documents, surgery, teacher, processes.first)
+        measure = Measure(plan, work, exam, surgery, teacher, processes.first)
         job = Job(
-            model=model, surgery=surgery, data=train_data, seed=plan.seed, work=work.sub("checkpoints"), digest=digest,
-            resume=work.folder is not None, on_step=measure.along(train_data.length, on_step),
+            model=model, surgery=surgery, data=train_data, pool=task.pool, seed=plan.seed,
+            work=work.sub("checkpoints"), digest=digest, resume=work.folder is not None,
+            on_step=measure.along(train_data.length, on_step),
         )  # fmt: skip
     measure.add(("swapped", nullcontext))
-    others = rivals(plan, job, frozen, say)
+    others = rivals(task, job, frozen, say)
     reports = []
     for index, (name, stage) in enumerate(zip(plan.stage_names(), plan.stages, strict=True)):
         say(f"stage {name}: {stage.tokens:,} tokens in {stage.steps(train_data.length):,} steps")
@@ -157,14 +155,14 @@ def run(
         *((branch, functools.partial(surgery.ablate, branch)) for branch in branches),
         *((name, lambda twin=twin: nullcontext(twin)) for name, twin in others.items()),
     )
-    report = _report(resolved, job, sites, left, measure, reports, tokenizer, command)
+    report = _report(resolved, job, task, sites, left, measure, reports, command)
     if target is not None and processes.first:
         say(f"writing {target}")
-        _write(target, work, job, tokenizer, report, plan, documents if valid is not None else None)
+        _write(target, work, job, task, report, exam if valid is not None else None)
         if work.folder is not None:
             shutil.rmtree(work.folder, ignore_errors=True)
     processes.wait()
-    done = Converted(model, surgery, report, tokenizer, target)
+    done = Converted(model, surgery, report, processor, target)
     try:
         verdict.enforce(report.verdict)
     except GateError as error:
@@ -233,92 +231,28 @@ def _check_digest(work: Work, digest: str) -> None:
     write_atomic(path, json.dumps(digest))
 
 
-# --------------------------------------------------------------------------------------------------------- data
-def _data(
-    plan: Plan, model: nn.Module, tokenizer: Any, data: Any, work: Work, say: Callable[[str], None]
-) -> tuple[Tokens, Tokens | None]:
-    """(training sequences, validation sequences or None where a text of its own is named)."""
-    settings = plan.data
-    source = settings.source if data is None else data
-    if isinstance(source, Tokens):
-        sequences = source
-    elif source in (None, "self"):
-        wanted = min(sum(stage.tokens for stage in plan.stages), settings.self_tokens) + settings.valid_tokens
-        say(f"the teacher writes {wanted:,} tokens")
-        prompts: Any = None
-        if settings.prompts:
-            prompts = (text.read_chats if settings.chat else text.read_texts)(settings.prompts)
-        sequences = selfgen(
-            model, tokenizer, wanted, settings.length, batch=settings.self_batch, prompts=prompts,
-            seed=plan.seed if settings.self_seed is None else settings.self_seed,
-            folder=settings.self_folder or work.sub("selfgen"), completion_only=settings.completion_only,
-            allow_longer=plan.longer(),
-        )  # fmt: skip
-    else:
-        sequences = _read(source, plan, tokenizer)
-    sequences.check(model.config, allow_longer=plan.longer())
-    if plan.eval.source or settings.valid:
-        return sequences, None
-    return sequences.hold_out(settings.valid_tokens)
-
-
-def _read(source: str | Path | Sequence[str], plan: Plan, tokenizer: Any) -> Tokens:
-    settings = plan.data
-    if isinstance(source, str | Path):
-        if settings.chat:
-            found: Any = text.read_chats(source, split=settings.split, column=settings.text_column)
-        else:
-            found = text.read_texts(source, split=settings.split, text_column=settings.text_column)
-    else:
-        found = list(source)
-    return text.tokenize(
-        found, tokenizer, settings.length, chat=settings.chat, completion_only=settings.completion_only, seed=plan.seed
-    )
-
-
-def text_documents(plan: Plan, tokenizer: Any) -> list[Tensor]:
-    """The documents of the text that the plan's table is measured on."""
-    source = plan.eval.source or plan.data.valid
-    assert source is not None
-    texts = text.read_texts(source, split=plan.eval.split, limit=plan.eval.limit)
-    return text.documents(texts, tokenizer, plan.eval.length, limit=plan.eval.limit)
-
-
-def held_out(valid: Tokens, plan: Plan) -> list[Tensor]:
-    """The documents of held-out sequences."""
-    found: list[Tensor] = []
-    for index in range(len(valid)):
-        item = valid[index]
-        starts = (item["position_ids"] == 0).nonzero().flatten().tolist()
-        for first, last in zip(starts, [*starts[1:], len(item["input_ids"])], strict=True):
-            piece = item["input_ids"][first:last][: plan.eval.length]
-            if len(piece) > 16:  # the end of a document that was cut tells little
-                found.append(piece)
-    return found[: plan.eval.limit]
-
-
 # ------------------------------------------------------------------------------------------------------- reporting
 def _report(
     resolved: Resolved,
     job: Job,
+    task: Task,
     sites: list[Site],
     left: dict[str, str],
     measure: Measure,
     stages: list[StageReport],
-    tokenizer: Any,
     command: list[str] | None,
 ) -> Report:
     plan, model, surgery = resolved.plan, job.model, job.surgery
     rows = measure.rows()
+    cached = [site for site in sites if site.shape.causal]  # nobody decodes with the others
     window = next((row for row in rows if row.name == quality.WINDOW), None)
-    if window is not None:
-        window.cache_bytes = {n: sum(_window_bytes(s, plan) for s in sites) for n in plan.eval.lengths}
-    sample, written = _written(plan, surgery, measure, tokenizer)
+    if window is not None and cached:
+        window.cache_bytes = {n: sum(_window_bytes(s, plan) for s in cached) for n in plan.eval.lengths}
+    sample, written = task.samples(surgery, measure.exam, measure.teacher)
     converted = {site.name for site in surgery.sites}
     base: Any = model.config
-    even = next(
-        (n for n in (break_even(s, type(surgery.mixers[s.name]), surgery.config) for s in surgery.sites) if n), None
-    )
+    evens = [break_even(s, type(surgery.mixers[s.name]), surgery.config) for s in surgery.sites if s.shape.causal]
+    even = next((n for n in evens if n), None)
     return schema.Report(
         **provenance.gather(command, next(model.parameters()).device),
         model=schema.Model(
@@ -331,14 +265,15 @@ def _report(
             converted=len(converted),
             dtype=str(model.dtype).removeprefix("torch."),
         ),
+        task=plan.task,
         method=plan.method.name,
         recipe=resolved.recipe,
         plan_digest=plan.digest(),
         seeds=[plan.seed],
-        evaluation=described(plan, measure.documents),
+        evaluation=measure.exam.words,
         rows=rows,
         stages=[schema.stage(stage) for stage in stages],
-        state={n: _bytes(sites, surgery, n) for n in plan.eval.lengths},
+        state={n: _bytes(cached, surgery, n) for n in plan.eval.lengths} if cached else {},
         break_even=even,
         sample=sample,
         generation=written,
@@ -352,43 +287,7 @@ def _report(
             )
             for s in sites
         ],
-        diagnostics=_diagnostics(surgery, measure.documents, tokenizer),
-    )
-
-
-def _written(
-    plan: Plan, surgery: Surgery, measure: Measure, tokenizer: Any
-) -> tuple[list[schema.Sample], schema.Generation | None]:
-    """What both write behind the same prompts, and how the teacher likes it."""
-    documents = measure.documents
-    long_enough = [ids for ids in documents if len(ids) > PROMPT_TOKENS]
-    if tokenizer is None or plan.eval.generate < 4 or not long_enough:
-        return [], None
-    model: Any = surgery.model
-    given = generation.prompts(long_enough, PROMPT_TOKENS, 16)
-    found = generation.generation(
-        model, tokenizer, given, new=plan.eval.generate, teacher=measure.teacher, seed=plan.seed, temperature=0.8
-    )
-    return [schema.Sample(**vars(s)) for s in found.samples], schema.Generation(**found.as_dict())
-
-
-def _diagnostics(surgery: Surgery, documents: list[Tensor], tokenizer: Any) -> schema.Diagnostics:
-    count, tokens = DIAGNOSED
-    few = [ids[:tokens] for ids in sorted(documents, key=len)[-count:]]
-    try:
-        found = diagnostics.diagnose(surgery, few)
-    except InputError:  # no mixer with weights: there is nothing to compare
-        return schema.Diagnostics()
-    shown = few[-1][:PICTURED]
-    labels = None if tokenizer is None else [tokenizer.decode([i]) for i in shown.tolist()]
-    return schema.Diagnostics(
-        layers=found.layers,
-        entropy=schema.Pair(**found.entropy),
-        monotonicity=schema.Pair(**found.monotonicity),
-        pictures=[
-            schema.Picture.pack(layer, head, maps["teacher"], maps["student"], labels)
-            for (layer, head), maps in diagnostics.dense_maps(surgery, shown).items()
-        ],
+        diagnostics=task.diagnostics(surgery, measure.exam),
     )
 
 
@@ -402,42 +301,19 @@ def _window_bytes(site: Site, plan: Plan) -> int:
     return site.shape.kv_bytes(plan.eval.window + plan.eval.sinks)
 
 
-def described(plan: Plan, documents: list[Tensor]) -> str:
-    """What the table was measured on, in words."""
-    source = plan.eval.source or plan.data.valid or f"held-out part of {plan.data.source or 'text the teacher wrote'}"
-    name = Path(source).name if Path(source).exists() else source
-    return f"{name}: {len(documents)} documents of at most {plan.eval.length} tokens"
-
-
-def write_documents(documents: list[Tensor], path: Path) -> None:
-    """The held-out documents a table was measured on, so that `eval` can measure on them again."""
-    from safetensors.torch import save
-
-    sizes = torch.tensor([len(ids) for ids in documents])
-    write_atomic(path, save({"ids": torch.cat(documents), "sizes": sizes}))
-
-
-def read_documents(path: Path) -> list[Tensor]:
-    """What write_documents wrote."""
-    from safetensors.torch import load
-
-    kept = load(path.read_bytes())
-    return list(kept["ids"].split(kept["sizes"].tolist()))
-
-
-def _write(
-    target: Path, work: Work, job: Job, tokenizer: Any, report: Report, plan: Plan, documents: list[Tensor] | None
-) -> None:
+def _write(target: Path, work: Work, job: Job, task: Task, report: Report, held_out: Exam | None) -> None:
     """The output folder, whole or not at all."""
+    plan = task.plan
     with atomic_folder(target, part=work.sub("output")) as folder:
         if plan.output.adapter_only:
-            files.write_adapter(job.surgery, folder, base=plan.model.id, revision=plan.model.revision)
+            files.write_adapter(job.surgery, folder, base=plan.model.id, revision=plan.model.revision, task=plan.task)
         else:
             if any("lora_" in name for name, _ in job.model.named_parameters()):
                 merge(job.model)
-            files.write(job.surgery, folder, tokenizer)
-        if documents is not None:
-            write_documents(documents, folder / HELD_OUT)
+            files.write(job.surgery, folder, task.processor)
+            files.carry(task.folder, folder, task.carried)
+        if held_out is not None:
+            held_out.write(folder)
         write_atomic(folder / "resolved_recipe.yaml", plan.dump())
         schema.write(report, folder / "report.json")
         html.write_html(report, folder / "report.html")

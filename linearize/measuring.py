@@ -6,12 +6,11 @@ import copy
 import json
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from linearize.evaluate import quality
 from linearize.plan import FinetunePlan, Plan
@@ -21,9 +20,11 @@ from linearize.stages.finetune import finetune
 from linearize.storage import write_atomic
 from linearize.surgery.attach import Surgery
 from linearize.surgery.twin import twin
+from linearize.tasks import Exam, Task
+from linearize.tasks.base import Variant
 from linearize.types import InputError
 
-CURVED = 24  # documents that a curve is followed on
+CURVED = 24  # examples that a curve is followed on
 
 
 @dataclass
@@ -37,32 +38,25 @@ class Work:
 
 
 class Measure:
-    """Scores of every row on the same documents; those of a finished step are kept in the work folder."""
+    """Scores of every row on the same examples; those of a finished step are kept in the work folder."""
 
     def __init__(
-        self, plan: Plan, work: Work, documents: list[Tensor], surgery: Surgery, teacher: Callable[[], Any],
-        writes: bool = True,
-    ) -> None:  # fmt: skip
-        self.plan, self.work, self.documents, self.surgery, self.teacher = plan, work, documents, surgery, teacher
+        self, plan: Plan, work: Work, exam: Exam, surgery: Surgery, teacher: Callable[[], Any], writes: bool = True
+    ) -> None:
+        self.plan, self.work, self.exam, self.surgery, self.teacher = plan, work, exam, surgery, teacher
         for name, span in plan.eval.parts.items():  # now, not when everything is trained
-            if not (first := int(span.split("-")[0])) <= int(span.split("-")[1]) or first >= len(documents):
-                raise InputError(
-                    f"eval.parts.{name}: {span} is none of the {len(documents)} documents, numbered from 0"
-                )
+            if not (first := int(span.split("-")[0])) <= int(span.split("-")[1]) or first >= exam.count:
+                raise InputError(f"eval.parts.{name}: {span} is none of the {exam.count} {exam.unit}, numbered from 0")
         self.writes = writes  # one of several processes does
-        self.scores: dict[str, quality.Score] = {}
-        self.points: dict[int, float] = {}  # the perplexity ratio by tokens trained
+        self.scores: dict[str, Any] = {}
+        self.points: dict[int, float] = {}  # what the exam follows, by tokens trained
 
-    def add(self, *variants: quality.Variant) -> None:
+    def add(self, *variants: Variant) -> None:
         self._recall(quality.TEACHER)
         missing = [v for v in variants if not self._recall(v[0])]
         if not missing:
             return
-        found = quality.measure(
-            self.surgery.model, self.documents, missing, teacher=self.teacher, batch=self.plan.eval.batch,
-            window=self.plan.eval.window,
-        )  # fmt: skip
-        for score in found:
+        for score in self.exam.measure(self.surgery.model, missing, self.teacher):
             if score.name not in self.scores:
                 self.scores[score.name] = score
                 self._keep(score)
@@ -70,14 +64,11 @@ class Measure:
     def _path(self, name: str) -> Path | None:
         return self.work.sub(f"scores/{name.replace(' ', '-')}.safetensors")
 
-    def _keep(self, score: quality.Score) -> None:
+    def _keep(self, score: Any) -> None:
         from safetensors.torch import save
 
         if self.writes and (path := self._path(score.name)) is not None:
-            tensors = {"nll": score.nll_N, "kl": score.kl_N, "agree": score.agree_N}
-            tensors = {k: v.contiguous().clone() for k, v in tensors.items()}
-            if score.residual is not None:
-                tensors["residual"] = torch.tensor(score.residual, dtype=torch.float64)
+            tensors = {k: v.contiguous().clone() for k, v in self.exam.pack(score).items()}
             write_atomic(path, save(tensors))
 
     def _recall(self, name: str) -> bool:
@@ -86,24 +77,15 @@ class Measure:
         path = self._path(name)
         if path is None or not path.is_file():
             return name in self.scores
-        kept = load(path.read_bytes())
-        residual = kept["residual"].tolist() if "residual" in kept else None
-        targets = quality.targets(self.documents, self.plan.eval.window)
-        self.scores[name] = quality.Score(name, targets, kept["nll"], kept["kl"], kept["agree"], residual)
+        self.scores[name] = self.exam.unpack(name, load(path.read_bytes()))
         return True
 
     def rows(self) -> list[schema.Row]:
-        """The table, the teacher first; parts of the text that the plan names stand in each row."""
+        """The table, the teacher first."""
         scores = [self.scores[quality.TEACHER], *(s for n, s in self.scores.items() if n != quality.TEACHER)]
-        rows = [schema.Row(**asdict(row)) for row in quality.table(scores, seed=self.plan.seed)]
-        for name, span in self.plan.eval.parts.items():
-            first, last = map(int, span.split("-"))
-            some = quality.table([s.take(range(first, last + 1)) for s in scores], resamples=0)
-            for row, part in zip(rows, some, strict=True):
-                row.parts[name] = {k: v for k in schema.Row.METRICS if (v := getattr(part, k)) is not None}
-        return rows
+        return self.exam.rows(scores, self.plan.seed)
 
-    # ------------------------------------------------------------------------------------- the ratio along training
+    # ------------------------------------------------------------------------------------- the curve along training
     def along(self, length: int, on_step: Callable[[str, int], None]) -> Callable[[str, int], None]:
         """`on_step`, and behind it a point of the curve after every `eval.curve` tokens. length: of a sequence."""
         every = self.plan.eval.curve
@@ -122,7 +104,7 @@ class Measure:
             index = names.index(stage)
             tokens = starts[index] + step * sizes[index]
             if tokens // every != (tokens - sizes[index]) // every or tokens == starts[index + 1]:
-                self.points[tokens] = self._ratio()
+                self.points[tokens] = self._figure()
                 if self.writes and (path := self.work.sub("curve.json")) is not None:
                     write_atomic(path, json.dumps(self.points))
 
@@ -131,13 +113,10 @@ class Measure:
             self.points = {int(n): ratio for n, ratio in json.loads(path.read_text()).items()}
         return then
 
-    def _ratio(self) -> float:
-        step = max(1, len(self.documents) // CURVED)
-        found = quality.compare(
-            self.surgery.model, self.documents[::step], [(quality.STUDENT, nullcontext)], teacher=self.teacher,
-            batch=self.plan.eval.batch, window=self.plan.eval.window, residual=0, progress=False,
-        )  # fmt: skip
-        return found[1].ratio
+    def _figure(self) -> float:
+        few = self.exam.few(CURVED)
+        variants: list[Variant] = [(quality.STUDENT, nullcontext)]
+        return few.follow(few.measure(self.surgery.model, variants, self.teacher, progress=False))
 
     def curves(self) -> dict[str, schema.Curve]:
         """What was followed along training; empty where nothing was."""
@@ -147,23 +126,23 @@ class Measure:
         return {
             "ratio": schema.Curve(
                 x_label="tokens",
-                y_label="perplexity over the teacher's",
+                y_label=self.exam.followed,
                 x=[float(n) for n in places],
                 y=[self.points[n] for n in places],
             )
         }
 
 
-def rivals(plan: Plan, job: Job, frozen: nn.Module | None, say: Callable[[str], None]) -> dict[str, nn.Module]:
+def rivals(task: Task, job: Job, frozen: nn.Module | None, say: Callable[[str], None]) -> dict[str, nn.Module]:
     """What the student has to beat: modules that share the teacher's weights. Made before LoRA is injected."""
-    window = {"window": plan.eval.window, "sinks": plan.eval.sinks}
-    teacher = job.model if frozen is None else frozen
-    found = {quality.WINDOW: twin(teacher, "window", window, job.surgery.sites)}
+    plan, teacher = task.plan, job.model if frozen is None else frozen
+    found = {name: twin(teacher, method, settings, job.surgery.sites) for name, method, settings in task.zero}
     last = plan.stage("finetune")
     if plan.eval.window_only and isinstance(last, FinetunePlan):
         tokens = sum(stage.tokens for stage in plan.stages)
         say(f"training a window-only student on the same {tokens:,} tokens")
-        rival = twin(teacher, "window", window, job.surgery.sites)
+        _, method, settings = next(zero for zero in task.zero if zero[0] == quality.WINDOW)
+        rival = twin(teacher, method, settings, job.surgery.sites)
         if last.mode == "full":
             rival = copy.deepcopy(rival)
         surgery = Surgery.of(rival)

@@ -109,8 +109,6 @@ def kind(config: Any) -> tuple[str, Any]:
 
     Raises Unsupported for what is none of the tasks: encoder-decoders, models of several towers, sound.
     """
-    import transformers
-
     from linearize.seams import hf
     from linearize.surgery import files
 
@@ -127,14 +125,14 @@ def kind(config: Any) -> tuple[str, Any]:
     remote = [k for k in getattr(config, "auto_map", None) or {} if k.startswith("AutoModel")]
     if hasattr(config, "linearize"):
         cls = files.reload_class(config.to_dict())
-    elif remote and getattr(transformers, name or "", None) is None:
-        auto = getattr(transformers, "AutoModelForCausalLM" if "AutoModelForCausalLM" in remote else remote[0])
+    elif remote and hf.named(name) is None:
+        auto: Any = hf.named("AutoModelForCausalLM" if "AutoModelForCausalLM" in remote else remote[0])
         image = "Image" in auto.__name__ or hasattr(config, "patch_size")
         return ("text" if "CausalLM" in auto.__name__ else "image" if image else "sentences"), auto
     elif name is None:
         cls = _plainest(config)
     else:
-        cls = getattr(transformers, name, None)
+        cls = hf.named(name)
     if cls is None:
         raise Unsupported(f"{said} is no model of this version of transformers: linearize does not know how to make it")
     entrance = getattr(cls, "main_input_name", None)
@@ -143,6 +141,13 @@ def kind(config: Any) -> tuple[str, Any]:
     causal = any(part in cls.__name__ for part in ("ForCausalLM", "LMHeadModel"))
     task = "image" if entrance == "pixel_values" else "text" if causal else "sentences"
     return task, hf.auto_class(type(config), cls)
+
+
+def task_of(model: Any) -> str:
+    """The task of a model in hand, by its class."""
+    if getattr(model, "main_input_name", None) == "pixel_values":
+        return "image"
+    return "text" if any(part in type(model).__name__ for part in ("ForCausalLM", "LMHeadModel")) else "sentences"
 
 
 def _plainest(config: Any) -> Any:
@@ -395,6 +400,13 @@ def processor_of_model(model: Any, task: str) -> Any:
     if not name:
         raise InputError("this model does not say where it came from: pass its tokenizer, convert(..., tokenizer=...)")
     return processor_of(source(name), task)
+
+
+def home(model: Any, where: Source | None = None) -> Path | None:
+    """The folder that a model came from, where it is on this disk."""
+    name = where.name if where is not None else getattr(model, "name_or_path", "")
+    folder = Path(name) if name else None
+    return folder if folder is not None and folder.is_dir() else None
 
 
 def _plain(model: Any) -> Any:

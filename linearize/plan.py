@@ -380,7 +380,7 @@ class Plan(BaseModel):
                 if self.method.layers == "auto"
                 else f"layers {self.method.layers}"
             ),
-            f"data      {self.data.source or 'self (the teacher writes it)'}"
+            f"data      {self.data.source or ('self (the teacher writes it)' if self.task == 'text' else 'to be named')}"
             + ("" if self.task == "image" else f", {SAID[self.task]} {self.data.length}")
             + (f", completing {self.data.prompts}" if self.data.prompts else "")
             + (", chat" if self.data.chat else "")

@@ -49,8 +49,6 @@ def task_problems(plan: Plan) -> list[str]:
         "image": (*text_only, "text_column"),
     }[task]
     found = [f"data.{key}: has no meaning for {PLURAL[task]}: drop it" for key in foreign if getattr(data, key)]
-    if task != "text" and data.source in (None, "self"):
-        found.append(f"data.source: name {PLURAL[task]} to train on (--dataset), without labels is enough")
     if plan.eval.pairs and task != "sentences":
         found.append(f"eval.pairs: scored pairs are of sentences, this model is for {PLURAL[task]}: drop it")
     gates = ("retained", "cosine", "mrr") if task == "text" else ("linear_gain", "perplexity_ratio")

@@ -21,26 +21,31 @@ def resolve(
     recipe: str | Path | Mapping[str, Any] | None = None,
     overrides: Mapping[str, Any] | Iterable[str | tuple[str, Any]] = (),
     *,
+    task: str | None = None,
     max_steps: int | None = None,
     trust_remote_code: bool = False,
     offline: bool = False,
 ) -> Resolved:
     """The plan for a model, with everything checked that can be without its weights.
 
-    No model is the recipe's own, else the embedded teacher; no recipe is the best for the model's form, else the
-    defaults. offline: a recipe's `model.form` is enough. Raises InputError (all problems at once), Unsupported.
+    No model is the recipe's own, else the embedded teacher of the task; no recipe is the best for the model's form,
+    else the defaults of its task. task: what the model has to be for (None: whatever it is). offline: a recipe's
+    `model.form` is enough. Raises InputError (all problems at once), Unsupported.
     """
     from linearize import models
     from linearize.plan import Plan
-    from linearize.recipe import pairs, recipe_for
-    from linearize.types import InputError
+    from linearize.recipe import pairs, raw, recipe_for
+    from linearize.types import InputError, nearest
 
+    if task is not None and task not in models.TASKS:
+        raise InputError(f"there is no task {task!r}: {nearest(task, models.TASKS)}")
     items = pairs(overrides)
     if method is not None:
         items.insert(0, ("method.name", method))
     given = recipe is not None
     # Reads the recipe before the model: a mistake in it should not wait for a download.
-    plan = Plan.read(recipe, items)
+    plan = Plan.read(recipe, items, task)
+    wanted = plan.task if "task" in raw(recipe)[1] else task
     source, notes = None, []
     config: Any
     if model is not None and not isinstance(model, str | Path):
@@ -51,14 +56,18 @@ def resolve(
         config = models.config_of_form(plan.model.form)
         notes.append(f"sizes are those of the recipe's model.form; {plan.model.id} itself was not asked")
     else:
-        source = models.source(model if model is not None else plan.model.id, plan.model.revision)
+        source = models.source(model if model is not None else plan.model.id, plan.model.revision, plan.task)
         config = models.config(source, trust_remote_code)
     if given and source is not None and source.kind == "embedded" and not _agrees(config, plan.model.form):
         raise InputError(f"recipe {recipe} is for another model than the embedded one: name it with --model")
+    found = models.task_of(model) if source is None and model is not None else models.kind(config)[0]
+    if wanted not in (None, found):
+        what = f"recipe {recipe}" if wanted != task else "--task"
+        raise InputError(f"{what} is for {wanted}, but this {config.model_type} is a model for {found}")
     if not given:
         recipe = recipe_for(config.to_dict(), plan.method.name)
-        plan = Plan.read(recipe, items)
-    elif model is not None and not _agrees(config, plan.model.form):
+    plan = Plan.read(recipe, items, found)
+    if given and model is not None and not _agrees(config, plan.model.form):
         notes.append(f"recipe {recipe} was made for a model of other sizes")
     if model is None:
         named = plan.model.id
@@ -82,6 +91,7 @@ def _form(config: Any) -> dict[str, Any]:
     keys = (
         "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
         "num_key_value_heads", "vocab_size", "max_position_embeddings", "sliding_window",
+        "image_size", "patch_size", "num_channels",
     )  # fmt: skip
     sizes = {key: getattr(config, key, None) for key in keys}
     return {key: value for key, value in sizes.items() if isinstance(value, int | str)}

@@ -79,14 +79,14 @@ def test_exit_codes_from_outside():
         (["list", "things"], 2, "choose from: embedded, families, methods, recipes"),
         ([*["plan", *LLAMA], "--set", "model.form.model_type=lama", "--set", "model.id=null"], 3, "'lama'"),
         (["plan", "--recipe", "encoder.yaml"], 3, "set sinks: 0"),
-        (["plan", "--recipe", "vision.yaml"], 3, "no decoder of text"),
+        (["plan", "--recipe", "sides.yaml"], 3, "is an encoder-decoder"),
         (["plan", "--recipe", "short.yaml"], 3, "--layers all"),
     ],
 )
 def test_mistakes_have_their_exit_code_and_one_line(run, tmp_path, monkeypatch, arguments, code, said):
     forms = {
         "encoder": "{model: {form: {model_type: bert, num_hidden_layers: 1, is_decoder: false}}}",
-        "vision": "{model: {form: {model_type: vit}}}",
+        "sides": "{model: {form: {model_type: t5}}}",
         "short": "{model: {form: {model_type: llama, num_hidden_layers: 1}}, method: {target_length: 16}}",
     }
     for name, text in forms.items():

@@ -18,8 +18,11 @@ if TYPE_CHECKING:
 class Examples(Dataset, ABC):
     """Examples of one kind, map-style and seekable: item i is the model's inputs for one example, without a batch axis.
 
-    "labels" is among them only where known. `take` and `hold_out` give views, not copies.
+    "labels" is among them only where known. `take` and `hold_out` give views, not copies. notes: what a user may not
+    have expected.
     """
+
+    notes: tuple[str, ...] = ()
 
     @abstractmethod
     def __len__(self) -> int: ...

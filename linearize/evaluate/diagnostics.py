@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from linearize.evaluate.quality import evaluating, forward
+from linearize.evaluate.quality import evaluating
+from linearize.stages.base import inputs
 from linearize.types import Context, InputError, Site
 
 if TYPE_CHECKING:
@@ -49,26 +50,34 @@ class Diagnostics:
         return {"layers": self.layers, "entropy": self.entropy, "monotonicity": self.monotonicity}
 
 
-def diagnose(surgery: Surgery, documents: Sequence[Tensor]) -> Diagnostics:
-    """Diagnostics of every converted layer whose mixer has weights, on a few `documents` (int64 ids).
+#: int64 ids of one document, or a batch of one example
+Document = Tensor | dict[str, Tensor]
+
+
+def diagnose(surgery: Surgery, documents: Sequence[Document]) -> Diagnostics:
+    """Diagnostics of every converted layer whose mixer has weights, on a few documents. Layers that share a module are
+    looked at together.
 
     Raises InputError where no mixer has a dense form, or there is no document.
     """
     totals: dict[str, dict[str, Tensor]] = {}
     sites: dict[str, Site] = {}
-    width = 1 + max((_range(len(d) - 1) for d in documents), default=0)
+    width = 0
 
     def look(site: Site, mixer: Mixer, q: Tensor, k: Tensor, v: Tensor, ctx: Context, out: Tensor) -> None:
+        nonlocal width
         logits_BHTS = _logits(q, k, ctx)
         weights = _both(site, mixer, q, k, v, ctx)
         if weights is None:
             return
         sites[site.name] = site
+        width = max(width, 1 + _range(q.shape[2] - 1))
         sums = totals.setdefault(site.name, {})
+        seen_TT = ctx.visible(q, window=site.shape.window)[0]
         for side, weights_BHTS in zip(_SIDES, weights, strict=True):
-            for name, value in _rows(weights_BHTS, logits_BHTS, width).items():
+            for name, value in _rows(weights_BHTS, logits_BHTS, seen_TT).items():
                 key = f"{side} {name}"
-                sums[key] = sums.get(key, 0) + value
+                sums[key] = value if key not in sums else _plus(sums[key], value)
 
     _watch(surgery, documents, look)
     if not totals:
@@ -95,7 +104,7 @@ def diagnose(surgery: Surgery, documents: Sequence[Tensor]) -> Diagnostics:
 
 
 def dense_maps(
-    surgery: Surgery, document: Tensor, heads: Mapping[int, Sequence[int]] | None = None
+    surgery: Surgery, document: Document, heads: Mapping[int, Sequence[int]] | None = None
 ) -> dict[tuple[int, int], dict[str, Tensor]]:
     """(layer, head) -> {"teacher", "student"}: weights [T, T] float32 on the CPU, for pictures.
 
@@ -127,10 +136,11 @@ def teacher_weights(site: Site, q_BHTK: Tensor, k_BGTK: Tensor, ctx: Context) ->
     return scores.masked_fill(~seen, torch.finfo(scores.dtype).min).softmax(-1).masked_fill(~seen, 0)
 
 
-def _watch(surgery: Surgery, documents: Sequence[Tensor], look: Any) -> None:
+def _watch(surgery: Surgery, documents: Sequence[Document], look: Any) -> None:
     with surgery.watch(look), evaluating(surgery.model):
-        for ids_T in documents:
-            forward(surgery.model, ids_T[None], torch.ones(1, len(ids_T), dtype=torch.bool))
+        for document in documents:
+            batch = document if isinstance(document, dict) else {"input_ids": document[None]}
+            surgery.model(**inputs(surgery.model, batch))
 
 
 def _both(site: Site, mixer: Mixer, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> tuple[Tensor, Tensor] | None:
@@ -152,36 +162,43 @@ def _range(position: int) -> int:
     return max(0, int(math.log2(max(position, 1))) - 3)
 
 
-def _rows(weights_BHTS: Tensor, logits_BHTS: Tensor, width: int) -> dict[str, Tensor]:
-    """Sums over the rows from position 1 on (position 0 sees itself alone), by head."""
+def _plus(a: Tensor, b: Tensor) -> Tensor:
+    """Sums over ranges of positions, of which longer documents have more."""
+    if a.shape == b.shape:
+        return a + b
+    return torch.nn.functional.pad(a, (0, max(0, len(b) - len(a)))) + torch.nn.functional.pad(
+        b, (0, max(0, len(a) - len(b)))
+    )
+
+
+def _rows(weights_BHTS: Tensor, logits_BHTS: Tensor, seen_TT: Tensor) -> dict[str, Tensor]:
+    """Sums by head, over the rows that see two keys or more (of causal attention position 0 sees itself alone)."""
     w = weights_BHTS.double()
-    T = w.shape[-1]
+    T, H = w.shape[-1], w.shape[1]
     place = torch.arange(T, device=w.device)
-    rows = place >= 1
-    H = w.shape[1]
+    keys = seen_TT.sum(-1)
+    rows, ranked = keys >= 2, keys >= _RANKED
     entropy = torch.special.entr(w.clamp(min=0)).sum(-1)[0]
-    keys = (place + 1).double()
-    reach = (w * (place[:, None] - place).clamp(min=0)).sum(-1)[0]
-    ranked = place >= _RANKED - 1
+    reach = (w * (place[:, None] - place).abs()).sum(-1)[0]
     ranges = torch.tensor([_range(t) for t in range(T)], device=w.device)
-    spans = torch.nn.functional.one_hot(ranges, width)[rows].double()
-    count = torch.full((H,), float(rows.sum()), dtype=torch.float64)
+    spans = torch.nn.functional.one_hot(ranges)[rows].double()
     return {
         "entropy": entropy[:, rows].sum(1).cpu(),
-        "normalised": (entropy / keys.log().clamp(min=1e-12))[:, rows].sum(1).cpu(),
+        "normalised": (entropy / keys.double().log().clamp(min=1e-12))[:, rows].sum(1).cpu(),
         "reach": reach[:, rows].sum(1).cpu(),
-        "rows": count,
-        "monotonicity": spearman(logits_BHTS[0], w[0])[:, ranked].sum(1).cpu(),
+        "rows": torch.full((H,), float(rows.sum()), dtype=torch.float64),
+        "monotonicity": spearman(logits_BHTS[0], w[0], seen_TT)[:, ranked].sum(1).cpu(),
         "ranked": torch.full((H,), float(ranked.sum()), dtype=torch.float64),
         "by_position": (entropy[:, rows].sum(0) @ spans).cpu(),
         "position_rows": (H * spans.sum(0)).cpu(),
     }
 
 
-def spearman(x_HTS: Tensor, y_HTS: Tensor) -> Tensor:
-    """Rank correlation [H, T] of row t over keys 0..t, ties by their mean rank; 0 where one of them is constant."""
+def spearman(x_HTS: Tensor, y_HTS: Tensor, seen_TT: Tensor | None = None) -> Tensor:
+    """Rank correlation [H, T] of row t over the keys it sees (None: 0..t), ties by their mean rank; 0 where one of them
+    is constant."""
     T = x_HTS.shape[-1]
-    seen = torch.ones(T, T, dtype=torch.bool, device=x_HTS.device).tril()
+    seen = torch.ones(T, T, dtype=torch.bool, device=x_HTS.device).tril() if seen_TT is None else seen_TT
     count = seen.sum(-1, keepdim=True)
 
     def centred(values: Tensor) -> Tensor:

@@ -289,11 +289,13 @@ class Verdict(Strict):
 class Run(Provenance):
     """What Result and Report share.
 
+    task: what the model is for, of "text", "sentences", "image".
     recipe: the recipe's name, e.g. "hedgehog/stories15M". seeds: one per run averaged into the rows. evaluation: the
     text measured on, in words. state: by number of tokens. break_even: tokens from which the state is the smaller.
     """
 
     model: Model
+    task: str = "text"
     method: str
     recipe: str | None
     plan_digest: str

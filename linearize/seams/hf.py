@@ -50,6 +50,7 @@ __all__ = [
     "get_implementation",
     "mapped",
     "masks",
+    "named",
     "register_subclass",
     "set_implementation",
 ]
@@ -94,6 +95,13 @@ def auto_class(config: type[Any], model: type[PreTrainedModel]) -> type[Any]:
     raise Unsupported(f"transformers has no auto class for {model.__name__}: save an adapter")
 
 
+def named(name: str | None) -> Any:
+    """The class of transformers called so, or None."""
+    import transformers
+
+    return getattr(transformers, name, None) if name else None
+
+
 def mapped(auto: type[Any], config: type[Any]) -> tuple[type[Any], ...]:
     """The model classes that an auto class knows for a configuration class."""
     found = getattr(auto, "_model_mapping", None)
@@ -103,9 +111,7 @@ def mapped(auto: type[Any], config: type[Any]) -> tuple[type[Any], ...]:
 
 def base_classes(model_type: str, architecture: str) -> tuple[type[Any], type[PreTrainedModel]] | None:
     """(configuration class, model class) of transformers' own code; None where it has none of these names."""
-    import transformers
-
-    model = getattr(transformers, architecture, None)
+    model = named(architecture)
     if model_type not in CONFIG_MAPPING or model is None:
         return None
     return CONFIG_MAPPING[model_type], model

@@ -12,7 +12,7 @@ import contextlib
 import functools
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -230,6 +230,15 @@ def write(
     _write_module(model, folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+
+
+def carry(origin: Path | None, folder: Path, names: Sequence[str]) -> None:
+    """Copy what there is of `names` (files, folders) from the folder a model came from."""
+    for name in names if origin is not None else ():
+        assert origin is not None
+        for file in [origin / name] if (origin / name).is_file() else sorted((origin / name).rglob("*")):
+            if file.is_file():
+                write_atomic(folder / file.relative_to(origin), file.read_bytes())
 
 
 def save(

@@ -1,0 +1,122 @@
+"""The interface between the road of a conversion, which is one for all models, and what a model is for."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from linearize.data.examples import Examples
+from linearize.plan import Plan
+from linearize.report import schema
+from linearize.surgery.attach import Surgery
+
+Variant = tuple[str, Callable[[], AbstractContextManager[Any]]]
+Teacher = Callable[[], AbstractContextManager[Any]]
+Pool = Callable[[Tensor, dict[str, Tensor]], Tensor]
+Say = Callable[[str], None]
+
+#: the held-out examples that a table was measured on, in the output folder
+HELD_OUT = "held_out.safetensors"
+
+
+class Exam(ABC):
+    """What a table is measured on, the same for all of its rows. count: of `unit`; words: all that in words.
+
+    A score is of one row, with one entry per prediction or example, so that a row can be made of it (`rows`) and it
+    can be kept (`pack`, `unpack`). followed: what `follow` says, in words.
+    """
+
+    unit: ClassVar[str]
+    followed: ClassVar[str]
+    words: str
+
+    @property
+    @abstractmethod
+    def count(self) -> int: ...
+
+    @abstractmethod
+    def measure(
+        self, model: nn.Module, variants: Sequence[Variant], teacher: Teacher, *, progress: bool | None = None
+    ) -> list[Any]:
+        """Scores of the teacher, first, and of each variant."""
+
+    @abstractmethod
+    def rows(self, scores: Sequence[Any], seed: int) -> list[schema.Row]:
+        """The table, the teacher's score first; parts that the plan names stand in each row."""
+
+    @abstractmethod
+    def pack(self, score: Any) -> dict[str, Tensor]: ...
+
+    @abstractmethod
+    def unpack(self, name: str, tensors: dict[str, Tensor]) -> Any: ...
+
+    @abstractmethod
+    def few(self, most: int) -> Exam:
+        """At most so many of the examples, evenly spaced: what a curve is followed on."""
+
+    @abstractmethod
+    def follow(self, scores: Sequence[Any]) -> float:
+        """One figure for the last of the scores, the teacher's being the first."""
+
+    @abstractmethod
+    def write(self, folder: Path) -> None:
+        """Keep the examples in `folder` (HELD_OUT), for `Task.kept` to read."""
+
+
+class Task(ABC):
+    """What a model is for. name: as recipes write it; zero: rivals of the student that take no training, (row, method,
+    settings); folder: where the model came from, where that is known."""
+
+    name: ClassVar[str]
+
+    def __init__(self, plan: Plan, model: nn.Module, processor: Any, folder: Path | None = None) -> None:
+        """processor: tokenizer or image processor."""
+        self.plan, self.model, self.processor, self.folder = plan, model, processor, folder
+
+    @abstractmethod
+    def read(self, given: Any, work: Path | None, say: Say) -> Examples:
+        """What is trained on: `given` (data in hand) or what the plan names; work: a folder to keep things in. Raises
+        InputError where the model cannot take it."""
+
+    @abstractmethod
+    def exam(self, valid: Examples | None) -> Exam:
+        """On held-out examples, or (None) on what the plan names."""
+
+    @abstractmethod
+    def kept(self, folder: Path) -> Exam | None:
+        """On what an exam wrote into `folder`; None where nothing is there."""
+
+    @property
+    def held_out(self) -> bool:
+        """Whether the table is measured on a held-out part of the training data."""
+        return not (self.plan.eval.source or self.plan.data.valid)
+
+    @property
+    def pool(self) -> Pool | None:
+        """The feature of each example from the last hidden state, where that is what the model is for."""
+        return None
+
+    @property
+    def zero(self) -> list[tuple[str, str, dict[str, Any]]]:
+        plan = self.plan.eval
+        return [("zero-token window", "window", {"window": plan.window, "sinks": plan.sinks})]
+
+    @abstractmethod
+    def samples(
+        self, surgery: Surgery, exam: Exam, teacher: Teacher
+    ) -> tuple[list[schema.Sample], schema.Generation | None]:
+        """What both say of the same examples."""
+
+    @abstractmethod
+    def diagnostics(self, surgery: Surgery, exam: Exam) -> schema.Diagnostics:
+        """What their attention looks like."""
+
+    @property
+    def carried(self) -> list[str]:
+        """Files and folders of the model's own folder that neither it nor its processor writes."""
+        return []
