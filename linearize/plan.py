@@ -372,6 +372,7 @@ class Plan(BaseModel):
         """The plan in words, a line per step."""
         model = self.model.id or (f"a {self.model.form['model_type']} model" if self.model.form else "embedded teacher")
         settings = ", ".join(f"{k} {v}" for k, v in self.method.mixer.items())
+        own = "self (the teacher writes it)" if self.task == "text" else "to be named"
         lines = [
             f"model     {model}, {self.model.dtype}",
             f"method    {self.method.name}{f' ({settings})' if settings else ''} on "
@@ -380,7 +381,7 @@ class Plan(BaseModel):
                 if self.method.layers == "auto"
                 else f"layers {self.method.layers}"
             ),
-            f"data      {self.data.source or ('self (the teacher writes it)' if self.task == 'text' else 'to be named')}"
+            f"data      {self.data.source or own}"
             + ("" if self.task == "image" else f", {SAID[self.task]} {self.data.length}")
             + (f", completing {self.data.prompts}" if self.data.prompts else "")
             + (", chat" if self.data.chat else "")

@@ -114,13 +114,17 @@ class Row(Strict):
     marginal_copy: nats lost with the linear branch off, on all and on those tokens; marginal_share: of that gap.
     residual_error: relative error of the residual stream by depth. by_position: nats at positions 1, 2, ...
     buckets: perplexity by range of positions. intervals: 95 % (low, high), by metric.
+    Of encoders: accuracy (likeliest class is the label), agreement (is the teacher's), kl of the classes; cosine and
+    dense_cosine, of the pooled feature and of each token's, to the teacher's; spearman, of scored pairs; mrr, halves of
+    a passage finding each other; retained, the share of the teacher's accuracy, else of its spearman.
     cache_bytes: what one sequence keeps after so many tokens. spread: standard deviation over seeds, by metric.
     parts: metrics on named parts of the text.
     """
 
     METRICS: ClassVar[tuple[str, ...]] = (
         "perplexity", "nll", "kl", "top1", "ratio", "copy_nll", "copy_share", "gap_closed", "marginal",
-        "marginal_copy", "marginal_share",
+        "marginal_copy", "marginal_share", "accuracy", "agreement", "cosine", "dense_cosine", "spearman", "mrr",
+        "retained",
     )  # fmt: skip
 
     name: str
@@ -135,6 +139,13 @@ class Row(Strict):
     marginal: Number = None
     marginal_copy: Number = None
     marginal_share: Number = None
+    accuracy: Number = None
+    agreement: Number = None
+    cosine: Number = None
+    dense_cosine: Number = None
+    spearman: Number = None
+    mrr: Number = None
+    retained: Number = None
     documents: int | None = None
     tokens: int | None = None
     residual_error: list[Number] | None = None
@@ -180,11 +191,13 @@ class Bytes(Strict):
 
 
 class Sample(Strict):
-    """One prompt, continued by both."""
+    """One prompt, continued by both; of encoders one example (of images with the `image`, PNG in base64), and what both
+    make of it."""
 
     prompt: str
     teacher: str
     student: str
+    image: str | None = None
 
 
 class Generation(Strict):
@@ -235,13 +248,47 @@ class Picture(Strict):
         return (np.frombuffer(raw, np.uint8).reshape(self.size, self.size) / 255.0) ** 2
 
 
+class Gaze(Strict):
+    """Where one token of an image looks in one head: weights over the grid (rows, columns) of patches, as bytes:
+    255 * sqrt(weight / top), base64. patch: the token's number among the patches, None for the first token before them.
+    """
+
+    layer: int
+    head: int
+    grid: tuple[int, int]
+    patch: int | None
+    top: Number
+    teacher: str
+    student: str
+
+    @classmethod
+    def pack(cls, layer: int, head: int, grid: tuple[int, int], patch: int | None, teacher: Any, student: Any) -> Gaze:
+        """From two rows of weights over the patches, arrays or CPU tensors. Negative weights are shown as 0."""
+        both = {"teacher": np.asarray(teacher, np.float64), "student": np.asarray(student, np.float64)}
+        both = {key: np.nan_to_num(weights).clip(0) for key, weights in both.items()}
+        top = max(float(weights.max()) for weights in both.values()) or 1.0
+        raw = {key: np.rint(255 * np.sqrt(weights / top)).astype(np.uint8) for key, weights in both.items()}
+        coded = {key: base64.b64encode(values.tobytes()).decode() for key, values in raw.items()}
+        return cls(layer=layer, head=head, grid=grid, patch=patch, top=top, **coded)
+
+    def unpack(self, which: Literal["teacher", "student"]) -> np.ndarray:
+        """sqrt(weight / top) [rows, columns]. Raises InputError where the bytes do not fit the grid."""
+        raw = base64.b64decode(getattr(self, which))
+        if len(raw) != self.grid[0] * self.grid[1]:
+            raise InputError(f"attention of layer {self.layer}: {len(raw)} bytes for a grid of {self.grid}")
+        return np.frombuffer(raw, np.uint8).reshape(self.grid) / 255.0
+
+
 class Diagnostics(Strict):
-    """layers: the layer number of each row of the pairs. entropy: nats. monotonicity: Spearman, -1..1."""
+    """layers: the layer number of each row of the pairs. entropy: nats. monotonicity: Spearman, -1..1. image: what the
+    gazes look at, PNG in base64."""
 
     layers: list[int] = []
     entropy: Pair | None = None
     monotonicity: Pair | None = None
     pictures: list[Picture] = []
+    gazes: list[Gaze] = []
+    image: str | None = None
 
 
 class SiteInfo(Strict):

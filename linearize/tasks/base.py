@@ -11,9 +11,11 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from linearize.data.examples import Examples
+from linearize.evaluate import diagnostics
 from linearize.plan import Plan
 from linearize.report import schema
 from linearize.surgery.attach import Surgery
+from linearize.types import InputError
 
 Variant = tuple[str, Callable[[], AbstractContextManager[Any]]]
 Teacher = Callable[[], AbstractContextManager[Any]]
@@ -57,7 +59,7 @@ class Exam(ABC):
 
     @abstractmethod
     def few(self, most: int) -> Exam:
-        """At most so many of the examples, evenly spaced: what a curve is followed on."""
+        """At most so many of the examples: what a curve is followed on."""
 
     @abstractmethod
     def follow(self, scores: Sequence[Any]) -> float:
@@ -120,3 +122,25 @@ class Task(ABC):
     def carried(self) -> list[str]:
         """Files and folders of the model's own folder that neither it nor its processor writes."""
         return []
+
+
+def diagnosed(
+    surgery: Surgery,
+    batches: list[dict[str, Tensor]],
+    shown: dict[str, Tensor] | None = None,
+    labels: list[str] | None = None,
+) -> schema.Diagnostics:
+    """Head by head on batches of one example each, and pictures of the weights on `shown`; labels: of its tokens."""
+    try:
+        found = diagnostics.diagnose(surgery, batches)
+    except InputError:  # no mixer with weights: there is nothing to compare
+        return schema.Diagnostics()
+    return schema.Diagnostics(
+        layers=found.layers,
+        entropy=schema.Pair(**found.entropy),
+        monotonicity=schema.Pair(**found.monotonicity),
+        pictures=[
+            schema.Picture.pack(layer, head, maps["teacher"], maps["student"], labels)
+            for (layer, head), maps in (diagnostics.dense_maps(surgery, shown) if shown else {}).items()
+        ],
+    )

@@ -14,12 +14,12 @@ from linearize.data import text
 from linearize.data.examples import Examples
 from linearize.data.selfgen import selfgen
 from linearize.data.text import Tokens
-from linearize.evaluate import diagnostics, generation, quality
+from linearize.evaluate import generation, quality
 from linearize.plan import Plan
 from linearize.report import schema
 from linearize.storage import write_atomic
 from linearize.surgery.attach import Surgery
-from linearize.tasks.base import HELD_OUT, Exam, Say, Task, Teacher, Variant
+from linearize.tasks.base import HELD_OUT, Exam, Say, Task, Teacher, Variant, diagnosed
 from linearize.types import InputError
 
 PROMPT_TOKENS = 24  # of a prompt for the side-by-side sample
@@ -180,25 +180,6 @@ class Text(Task):
         if self.processor is not None:
             labels = [self.processor.decode([i]) for i in shown["input_ids"][0].tolist()]
         return diagnosed(surgery, batches, shown, labels)
-
-
-def diagnosed(
-    surgery: Surgery, batches: list[dict[str, Tensor]], shown: dict[str, Tensor], labels: list[str] | None
-) -> schema.Diagnostics:
-    """Head by head on batches of one example each, and pictures of the weights on `shown`; labels: of its tokens."""
-    try:
-        found = diagnostics.diagnose(surgery, batches)
-    except InputError:  # no mixer with weights: there is nothing to compare
-        return schema.Diagnostics()
-    return schema.Diagnostics(
-        layers=found.layers,
-        entropy=schema.Pair(**found.entropy),
-        monotonicity=schema.Pair(**found.monotonicity),
-        pictures=[
-            schema.Picture.pack(layer, head, maps["teacher"], maps["student"], labels)
-            for (layer, head), maps in diagnostics.dense_maps(surgery, shown).items()
-        ],
-    )
 
 
 def _held_out(valid: Tokens, plan: Plan) -> list[Tensor]:
