@@ -24,6 +24,7 @@ def plan(
     recipe: str | Path | Mapping[str, Any] | None = None,
     overrides: Mapping[str, Any] | Iterable[str | tuple[str, Any]] = (),
     *,
+    task: str | None = None,
     max_steps: int | None = None,
     trust_remote_code: bool = False,
 ) -> Planned:
@@ -36,8 +37,9 @@ def plan(
     from linearize.surgery.forecast import forecast
 
     resolved = resolve(
-        model, method, recipe, overrides, max_steps=max_steps, trust_remote_code=trust_remote_code, offline=True
-    )
+        model, method, recipe, overrides,
+        task=task, max_steps=max_steps, trust_remote_code=trust_remote_code, offline=True,
+    )  # fmt: skip
     made = resolved.plan
     named = model is None or isinstance(model, str | Path)
     skeleton: Any = models.skeleton(resolved.config, trust_remote_code) if named else model
@@ -164,6 +166,7 @@ def convert(
     *,
     data: Any = None,
     tokenizer: Any = None,
+    task: str | None = None,
     recipe: str | Path | Mapping[str, Any] | None = None,
     overrides: Mapping[str, Any] | Iterable[str | tuple[str, Any]] = (),
     output_dir: str | Path | None = None,
@@ -174,8 +177,10 @@ def convert(
 ) -> Converted:
     """Convert a model: surgery, transfer, fine-tuning, evaluation, report.
 
-    model: a name (hub id, folder, GGUF file; None: the embedded teacher) or a transformers model, converted in place.
-    data: a source as in `data.source`, a list of texts, or Tokens; None: the recipe's, else the teacher writes it.
+    model: a name (hub id, folder, GGUF file; None: the embedded teacher of `task`) or a transformers model, converted
+    in place. data: a source as in `data.source`, a list of texts, or Examples (Tokens, Sentences, Images); None: the
+    recipe's, else, of text, what the teacher writes. tokenizer: of a model in hand (its image processor, of images),
+    where its folder is not known. task: "text", "sentences" or "image", where it has to be that one.
     output_dir: where the result goes; a model given by name gets a folder beside you, one that was handed over none.
     resume: go on where a killed run of the same plan and inputs stopped. Raises InputError, Unsupported, GateError (a
     gate of the recipe was missed, after everything is written; or numerics), StorageError.
@@ -191,7 +196,9 @@ def convert(
     if output_dir is not None:
         items.append(("output.folder", str(output_dir)))
     named = model is None or isinstance(model, str | Path)
-    resolved = resolve(model, method, recipe, items, max_steps=max_steps, trust_remote_code=trust_remote_code)
+    resolved = resolve(
+        model, method, recipe, items, task=task, max_steps=max_steps, trust_remote_code=trust_remote_code
+    )
     if named and resolved.plan.output.folder is None:
         stem = Path(str(resolved.plan.model.id or "embedded")).stem.lower()
         output = resolved.plan.output.model_copy(update={"folder": f"{stem}-{resolved.plan.method.name}"})
@@ -430,7 +437,7 @@ def merge(model: str | Path, output_dir: str | Path) -> Saved:
     files.read_adapter(model)
     loaded = models.load_converted(model)
     fold(loaded.model)
-    return Saved(files.save(loaded.model, output_dir, loaded.tokenizer), "full checkpoint")
+    return Saved(files.save(loaded.model, output_dir, loaded.processor), "full checkpoint")
 
 
 def export(model: str | Path, output_dir: str | Path, *, form: str = "safetensors") -> Saved:
@@ -444,7 +451,7 @@ def export(model: str | Path, output_dir: str | Path, *, form: str = "safetensor
 
     loaded = models.load_converted(model)
     fold(loaded.model)
-    return Saved(write(loaded.model, output_dir, form, loaded.tokenizer), form)
+    return Saved(write(loaded.model, output_dir, form, loaded.processor), form)
 
 
 def report(model: str | Path | None = None, *, update_readme: bool = False, check: bool = False) -> Reported:

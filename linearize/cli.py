@@ -33,11 +33,15 @@ app = typer.Typer(
 
 Model = Annotated[str | None, typer.Option("--model", "-m", help="Hub id, folder, GGUF file; none: the embedded one.")]
 Converted = Annotated[str, typer.Option("--model", "-m", help="Folder or hub id of a converted model.")]
+Task = Annotated[
+    str | None, typer.Option("--task", help="text, sentences or image: of the embedded model, or to check.")
+]
 Method = Annotated[str | None, typer.Option("--method", help="What replaces softmax; see: list methods.")]
 Recipe = Annotated[str | None, typer.Option("--recipe", "-r", help="Name or file; none: the best for the model.")]
-Dataset = Annotated[str | None, typer.Option("--dataset", help="Hub id, text, JSONL or parquet files, or 'self'.")]
+Dataset = Annotated[str | None, typer.Option("--dataset", help="Hub id, files or a folder: text, images; or 'self'.")]
 Layers = Annotated[str | None, typer.Option("--layers", help="auto, all, 0-11, every:4, keep:3,7 or 0,2,5-7.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Any recipe key: stages.transfer.lr=1e-3. Repeatable.")]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out images that cannot be read.")]
 Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Of all random numbers.")]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="auto, float32, bfloat16 or float16; mixers are float32.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, ...")]
@@ -70,6 +74,7 @@ def _overrides(set_: list[str] | None, **flags: Any) -> list[str | tuple[str, An
         "dtype": "model.dtype",
         "output_dir": "output.folder",
         "allow_longer": "data.allow_longer",
+        "skip_bad": "data.skip_bad",
         "adapter_only": "output.adapter_only",
     }
     given = [
@@ -85,6 +90,7 @@ def convert(
     method: Method = None,
     recipe: Recipe = None,
     dataset: Dataset = None,
+    task: Task = None,
     output_dir: Output = None,
     layers: Layers = None,
     set_: Set = None,
@@ -95,6 +101,7 @@ def convert(
     resume: Annotated[bool, typer.Option("--resume", help="Go on where a killed run stopped.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="The same as: linearize plan.")] = False,
     allow_longer: Longer = False,
+    skip_bad: SkipBad = False,
     trust_remote_code: Trust = False,
     adapter_only: Adapter = False,
     json: Json = False,
@@ -108,9 +115,10 @@ def convert(
         dtype=dtype,
         output_dir=output_dir,
         allow_longer=allow_longer,
+        skip_bad=skip_bad,
         adapter_only=adapter_only,
     )
-    common = {"max_steps": max_steps, "trust_remote_code": trust_remote_code}
+    common: Any = {"task": task, "max_steps": max_steps, "trust_remote_code": trust_remote_code}
     if dry_run:
         _show(api.plan(model, method, recipe, overrides, **common), json)
         return
@@ -130,6 +138,7 @@ def plan(
     method: Method = None,
     recipe: Recipe = None,
     dataset: Dataset = None,
+    task: Task = None,
     output_dir: Output = None,
     layers: Layers = None,
     set_: Set = None,
@@ -137,6 +146,7 @@ def plan(
     dtype: Dtype = None,
     max_steps: MaxSteps = None,
     allow_longer: Longer = False,
+    skip_bad: SkipBad = False,
     trust_remote_code: Trust = False,
     adapter_only: Adapter = False,
     json: Json = False,
@@ -150,18 +160,19 @@ def plan(
         dtype=dtype,
         output_dir=output_dir,
         allow_longer=allow_longer,
+        skip_bad=skip_bad,
         adapter_only=adapter_only,
     )
-    _show(
-        api.plan(model, method, recipe, overrides, max_steps=max_steps, trust_remote_code=trust_remote_code),
-        json,
-    )
+    common: Any = {"task": task, "max_steps": max_steps, "trust_remote_code": trust_remote_code}
+    _show(api.plan(model, method, recipe, overrides, **common), json)
 
 
 def evaluate(
     model: Converted,
-    dataset: Annotated[str | None, typer.Option("--dataset", help="Text to measure on; none: the recipe's.")] = None,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Documents.")] = None,
+    dataset: Annotated[str | None, typer.Option("--dataset", help="What to measure on; none: the recipe's.")] = None,
+    split: Annotated[str | None, typer.Option("--split", help="The part of it: test, t10k, [:500].")] = None,
+    pairs: Annotated[str | None, typer.Option("--pairs", help="Scored pairs of sentences (STS).")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Documents, sentences or images.")] = None,
     length: Annotated[int | None, typer.Option("--length", min=2, help="Positions of each document.")] = None,
     teacher: Annotated[str | None, typer.Option("--teacher", help="What it was converted from, if moved.")] = None,
     device: Device = "auto",
@@ -174,6 +185,8 @@ def evaluate(
         api.evaluate(
             model,
             data=dataset,
+            split=split,
+            pairs=pairs,
             teacher=teacher,
             limit=limit,
             length=length,

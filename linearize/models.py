@@ -152,7 +152,7 @@ def task_of(model: Any) -> str:
 
 def _plainest(config: Any) -> Any:
     """The class of a configuration that names none: a language model for decoders, no head for encoders."""
-    from transformers import AutoModel, AutoModelForCausalLM
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
     from linearize.seams import hf
 
@@ -161,10 +161,8 @@ def _plainest(config: Any) -> Any:
         return found[0] if found else None
 
     bare, decoder = made(AutoModel), made(AutoModelForCausalLM)
-    encodes = bare is not None and (
-        getattr(bare, "main_input_name", None) == "pixel_values"
-        or (hf.masks(bare) in ("bidirectional", "both") and not getattr(config, "is_decoder", False))
-    )
+    masked = made(AutoModelForMaskedLM) is not None and not getattr(config, "is_decoder", False)
+    encodes = masked or getattr(bare, "main_input_name", None) == "pixel_values"
     return bare if encodes or decoder is None else decoder
 
 

@@ -66,7 +66,8 @@ class DataPlan(BaseModel):
     `self_batch` sequences at a time, freely or as completions of `prompts` (texts, with `chat` conversations: files, a
     folder or a hub data set). self_folder: where that text is kept for other runs to use as well (None: for this run
     alone); self_seed: its own seed (None: the run's).
-    Sentences: passages of fewer than `minimum` tokens are left out. label_column: of classes, where the stages want
+    Sentences: each line of plain text, each row of a table; longer ones end at `length`. With `minimum` documents are
+    cut into passages of `minimum` to `length` tokens instead. label_column: of classes, where the stages want
     them. Images: image_column, label_column; skip_bad: leave out images that cannot be read.
     """
 
@@ -85,7 +86,7 @@ class DataPlan(BaseModel):
     valid: str | None = None
     valid_tokens: int = Field(default=16384, gt=0)
     allow_longer: bool = False
-    minimum: int = Field(default=1, gt=0)
+    minimum: int | None = Field(default=None, gt=0)
     image_column: str | None = None
     label_column: str | None = None
     skip_bad: bool = False
@@ -167,7 +168,8 @@ StagePlan = Annotated[TransferPlan | FinetunePlan, Field(discriminator="kind")]
 
 class EvalPlan(BaseModel):
     """source None: the data set's own held-out part. limit: documents (sentences, images). length: positions per
-    document. pairs: scored pairs of sentences, for Spearman's rank correlation. window, sinks: the zero-token window of
+    document; minimum: passages of at least so many, as in `data`, whose halves have to find each other. pairs: scored
+    pairs of sentences, for Spearman's rank correlation. window, sinks: the zero-token window of
     the table (on images a circle around each patch, in patches). window_only: train a window-only student on the same
     tokens for the table. parts: numbers of documents by name, "0-48", scored apart as well. curve: the main figure
     is measured after every so many tokens of training, on a few of the documents. lengths: where state and KV
@@ -177,6 +179,7 @@ class EvalPlan(BaseModel):
     source: str | None = None
     split: str | None = None
     pairs: str | None = None
+    minimum: int | None = Field(default=None, gt=0)
     limit: int | None = Field(default=None, gt=0)
     length: int = Field(default=255, gt=1)
     batch: int = Field(default=8, gt=0)
@@ -214,8 +217,8 @@ class OutputPlan(BaseModel):
 #: keys that a digest leaves out while they say nothing: they came after the first runs, whose digests stay
 _LATER = {
     "": {"task": "text"},
-    "data": {"minimum": 1, "image_column": None, "label_column": None, "skip_bad": False},
-    "eval": {"pairs": None},
+    "data": {"minimum": None, "image_column": None, "label_column": None, "skip_bad": False},
+    "eval": {"pairs": None, "minimum": None},
     "gate": {"retained": None, "cosine": None, "mrr": None},
     "stages": {"max_steps": None, "feature": 0, "dense": 0, "task": 0},
 }

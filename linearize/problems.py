@@ -44,11 +44,14 @@ def task_problems(plan: Plan) -> list[str]:
     task, data, gate = plan.task, plan.data, plan.gate
     text_only = ("prompts", "chat", "completion_only", "self_folder", "self_seed")
     foreign = {
-        "text": ("image_column", "label_column", "skip_bad"),
+        "text": ("image_column", "label_column", "skip_bad", "minimum"),
         "sentences": (*text_only, "image_column", "skip_bad"),
-        "image": (*text_only, "text_column"),
+        "image": (*text_only, "text_column", "minimum"),
     }[task]
     found = [f"data.{key}: has no meaning for {PLURAL[task]}: drop it" for key in foreign if getattr(data, key)]
+    for name, node in (("data", data), ("eval", plan.eval)):
+        if node.minimum and node.minimum > node.length:
+            found.append(f"{name}.minimum: {node.minimum} is more than {name}.length ({node.length}): lower it")
     if plan.eval.pairs and task != "sentences":
         found.append(f"eval.pairs: scored pairs are of sentences, this model is for {PLURAL[task]}: drop it")
     gates = ("retained", "cosine", "mrr") if task == "text" else ("linear_gain", "perplexity_ratio")

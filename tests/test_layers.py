@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "stages": {"data", "mixers", "plan", "problems", "progress", "storage", "surgery", "types"},
     "evaluate": {"data", "mixers", "plan", "progress", "stages", "surgery", "types"},
     "testing": {"mixers", "ops", "types"},
-    "tasks": {"data", "evaluate", "plan", "report", "storage", "surgery", "types"},
+    "tasks": {"data", "evaluate", "mixers", "plan", "report", "stages", "storage", "surgery", "types"},
     "answers": {"report"},
     "pipelines": {"mixers", "seams", "storage", "surgery", "types"},
     "resolve": {"answers", "mixers", "models", "plan", "recipe", "surgery", "types"},

@@ -140,6 +140,8 @@ def quality_table(run: Run, lengths: Sequence[int] = LENGTHS) -> Table:
 
     lengths: numbers of tokens, a column each for what one sequence keeps then.
     """
+    if run.task != "text":
+        return encoder_table(run.rows, run.task, run.evaluation, lambda name: label(run, name))
     teacher = run.row("teacher")
     cells: list[list[Cell]] = []
     rows = ordered(run.rows)
@@ -173,12 +175,59 @@ def quality_table(run: Run, lengths: Sequence[int] = LENGTHS) -> Table:
     return table.without_empty(keep=main)
 
 
+#: of encoders: the columns of each task, with the words under the table
+ENCODERS: dict[str, list[tuple[str, str]]] = {
+    "image": [
+        ("top-1", "accuracy"), ("of the teacher's", "retained"), ("agreement", "agreement"), ("KL", "kl"),
+        ("feature cosine", "cosine"), ("patch cosine", "dense_cosine"),
+    ],
+    "sentences": [
+        ("Spearman", "spearman"), ("of the teacher's", "retained"), ("top-1", "accuracy"), ("agreement", "agreement"),
+        ("KL", "kl"), ("cosine", "cosine"), ("token cosine", "dense_cosine"), ("MRR", "mrr"),
+    ],
+}  # fmt: skip
+_PERCENT = ("accuracy", "retained", "agreement", "mrr")
+
+
+def encoder_table(rows: Sequence[Row], task: str, evaluation: str, name: Callable[[str], str]) -> Table:
+    """Every row of an encoder's evaluation; columns that nobody measured are left out. name: what a row is called."""
+    shown = ordered(rows)
+    columns = ENCODERS[task]
+    cells: list[list[Cell]] = [
+        [
+            name(row.name),
+            *(
+                _share(row, key) if key in _PERCENT else number(getattr(row, key), 4, row.spread.get(key))
+                for _, key in columns
+            ),
+        ]
+        for row in shown
+    ]
+    notes = [f"Measured on {evaluation}."] if evaluation else []
+    if any(row.agreement is not None for row in rows):
+        notes.append("Agreement: the likeliest class is the teacher's. KL(teacher || student) in nats per example.")
+    what = "patch" if task == "image" else "token"
+    notes.append(f"Cosines are to the teacher's own: of the pooled feature, and of each {what}'s last hidden state.")
+    if any(row.mrr is not None for row in rows):
+        notes.append("MRR: how high the second half of a passage ranks among all, looked for by the first.")
+    strong = {i for i, row in enumerate(shown) if row.name == "student"}
+    return Table("Quality", ["", *(title for title, _ in columns)], cells, strong=strong, notes=notes).without_empty()
+
+
+def _share(row: Row, key: str) -> str:
+    value, spread = getattr(row, key), row.spread.get(key)
+    return percent(value, 2) if value is None or spread is None else f"{100 * value:.2f} ± {100 * spread:.2f} %"
+
+
 def parts_table(run: Run) -> Table | None:
-    """Perplexity on the named parts of the text, one column each; None where there are no parts."""
+    """The main figure on the named parts of what was measured on, one column each; None where there are no parts."""
+    words, metric = {
+        "text": ("Perplexity by part of the text", "perplexity"),
+        "sentences": ("Cosine by part of the sentences", "cosine"),
+        "image": ("Agreement by part of the images", "agreement"),
+    }[run.task]
     return _by_part(
-        "Perplexity by part of the text",
-        run,
-        lambda row: {part: found["perplexity"] for part, found in row.parts.items() if "perplexity" in found},
+        words, run, lambda row: {part: found[metric] for part, found in row.parts.items() if metric in found}
     )
 
 
@@ -256,6 +305,39 @@ def results_table(results: Sequence[tuple[str, Result]], link: Callable[[str], s
         "copy gap closed", "linear branch, nats", "state / KV", "commit",
     ]  # fmt: skip
     return Table("", columns, cells)
+
+
+def encoder_results(results: Sequence[tuple[str, Result]], link: Callable[[str], str]) -> Table:
+    """The README's table of encoders and vision transformers, a line per result file."""
+    cells: list[list[Cell]] = []
+    for path, run in results:
+        rows = {row.name: row for row in run.rows}
+        main = next((m for m in ("accuracy", "spearman") if any(getattr(row, m) is not None for row in run.rows)), None)
+        student = rows.get("student")
+
+        def figure(name: str, main: str | None = main, rows: dict[str, Row] = rows) -> str:
+            row = rows.get(name)
+            if row is None or main is None:
+                return MISSING
+            return _share(row, main) if main in _PERCENT else number(getattr(row, main), 4, row.spread.get(main))
+
+        interval = student.intervals.get("retained", (None, None)) if student else (None, None)
+        cells.append([
+            Link(path.removesuffix(".json"), link(path)),
+            count(run.trained_tokens),
+            {"accuracy": "top-1", "spearman": "Spearman", None: MISSING}[main],
+            *(figure(name) for name in ("teacher", "swapped", "student", "zero-token window", "none")),
+            _share(student, "retained") if student else MISSING,
+            percent(interval[0], 2),
+            number(student.cosine if student else None, 4),
+            percent(student.mrr if student else None, 2),
+            str(run.commit),
+        ])  # fmt: skip
+    columns = [
+        "run", "tokens", "score", "teacher", "swapped", "student", "window, untrained", "no attention",
+        "of the teacher's", "at least", "feature cosine", "MRR", "commit",
+    ]  # fmt: skip
+    return Table("", columns, cells).without_empty()
 
 
 def _ratio(row: Row | None, teacher: Row | None) -> float | None:

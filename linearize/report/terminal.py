@@ -130,7 +130,14 @@ def surroundings(answer: Environment) -> RenderableType:
 
 
 def evaluated(answer: Evaluated) -> RenderableType:
-    """The rows, then what they say about the linear branch."""
+    """The rows, then what they say."""
+    verdict = answer.verdict
+    said = Text("\n".join([f"{verdict.headline}.", *(f"  {line}" for line in verdict.lines)]))
+    if answer.task != "text":
+        found = tables.encoder_table(
+            answer.rows, answer.task, answer.evaluation, lambda name: tables.LABELS.get(name, name)
+        )
+        return Group(tables.render(found, "rich"), said)
     table = _table("", "perplexity>", "KL>", "top-1>", "copy NLL>", "closed>", title=f"Measured on {answer.evaluation}")
     for row in tables.ordered(answer.rows):
         table.add_row(
@@ -141,8 +148,7 @@ def evaluated(answer: Evaluated) -> RenderableType:
             tables.number(row.copy_nll, 3),
             tables.percent(row.gap_closed, 0),
         )
-    verdict = answer.verdict
-    return Group(table, Text("\n".join([f"{verdict.headline}.", *(f"  {line}" for line in verdict.lines)])))
+    return Group(table, said)
 
 
 def inspected(answer: Inspected) -> RenderableType:

@@ -47,12 +47,14 @@ def _ratio(student: Row | None, teacher: Row | None) -> float | None:
 def judge(rows: Sequence[Row], gate: Mapping[str, Any] | None = None) -> Verdict:
     """The verdict on a table of rows.
 
-    gate: the recipe's; `linear_gain` (True, or the nats wanted) and `perplexity_ratio` (the most allowed). A gate whose
-    number was not measured is missed. Looks at the rows teacher, student, linear_off, zero-token window and window-only
+    gate: the recipe's; `linear_gain` (True, or the nats wanted) and `perplexity_ratio` (the most allowed); of encoders
+    `retained`, `cosine` and `mrr` (the least). A gate whose number was not measured is missed. Looks at the rows teacher, student, linear_off, zero-token window and window-only
     student; a missing one is not judged. The linear branch is dead where its gain, on all tokens and on
     copy-from-beyond tokens, is below LINEAR_GAIN or not distinguishable from 0.
     """
     teacher, student = find(rows, "teacher"), find(rows, "student")
+    if student is not None and student.cosine is not None:
+        return _encoder(rows, student, gate or {})
     ratio, gain = _ratio(student, teacher), linear_gain(rows)
     copy_gain = _gap(student, find(rows, "linear_off"), "copy_nll")
     dead = _nothing(student, "marginal", gain, LINEAR_GAIN) and (
@@ -93,6 +95,54 @@ def judge(rows: Sequence[Row], gate: Mapping[str, Any] | None = None) -> Verdict
         level, headline = "good", f"{ratio:.3g} times the teacher's perplexity"
     if level != "good" and ratio is not None:
         lines.insert(0, f"{ratio:.3g} times the teacher's perplexity.")
+    return Verdict(level=level, headline=headline, lines=lines, gates=gates)
+
+
+def _encoder(rows: Sequence[Row], student: Row, gate: Mapping[str, Any]) -> Verdict:
+    """The verdict on an encoder: by the share of the teacher's score that is left, else by the features' cosine."""
+    main = next((m for m in ("accuracy", "spearman") if getattr(student, m) is not None), "cosine")
+    words = {"accuracy": "top-1", "spearman": "Spearman correlation", "cosine": "cosine to the teacher's features"}[
+        main
+    ]
+    score = getattr(student, main)
+    lines, beaten = [], []
+    off = find(rows, "linear_off")
+    dead = off is not None and score - getattr(off, main) <= 0
+    if off is not None and not dead:
+        lines.append(f"The linear branch carries {score - getattr(off, main):.4f} of the {words}.")
+    baselines = {
+        "zero-token window": "an untrained window",
+        "window-only student": "a trained window",
+        "none": "no attention at all",
+    }
+    for name, what in baselines.items():
+        lead = _gap(find(rows, name), student, main)
+        if lead is None:
+            continue
+        if lead > 0:
+            lines.append(f"{lead:.4f} better than {what}.")
+        else:
+            beaten.append(what)
+            lines.append(f"{-lead:.4f} worse than {what}.")
+    if student.retained is not None and student.cosine is not None:
+        lines.append(f"Cosine to the teacher's features {student.cosine:.4f}.")
+    gates = []
+    for key in ("retained", "cosine", "mrr"):
+        if (least := gate.get(key)) is not None:
+            got = getattr(student, key)
+            passed = got is not None and got >= least
+            gates.append(Gate(name=key, bound="at least", wanted=least, got=got, passed=passed))
+    share = f"{100 * student.retained:.2f} % of the teacher's {words}" if student.retained is not None else None
+    if missed := [g for g in gates if not g.passed]:
+        level, headline = "failed", "Quality gate missed: " + "; ".join(_words(g) for g in missed)
+    elif dead:
+        level, headline = "dead", f"The linear branch does nothing: without it the {words} is no lower"
+    elif beaten:
+        level, headline = "weak", f"No better than {' or '.join(beaten)}"
+    else:
+        level, headline, share = "good", share or f"{score:.4f} {words}", None
+    if share:
+        lines.insert(0, f"{share}.")
     return Verdict(level=level, headline=headline, lines=lines, gates=gates)
 
 

@@ -34,7 +34,7 @@ class Job:
     model: nn.Module
     surgery: Surgery
     data: Examples
-    pool: Callable[[Tensor, dict[str, Tensor]], Tensor] | None = None
+    pool: Callable[[Tensor, Tensor], Tensor] | None = None
     seed: int = 0
     work: Path | None = None
     digest: str = ""

@@ -126,21 +126,20 @@ class Features:
         if plan.kl or plan.feature or plan.dense or plan.hidden:
             with torch.no_grad(), teacher_of():
                 teacher, goal = run()
-            mask_BT = batch.get("attention_mask")
-            if mask_BT is not None and mask_BT.shape[1] != student.last_hidden_state.shape[1]:
-                mask_BT = None
+            hidden_BTD = student.last_hidden_state
+            real_BT = batch.get("attention_mask", torch.ones(hidden_BTD.shape[:2])).to(hidden_BTD.device).bool()
             if plan.kl:
                 assert logits is not None and goal is not None
                 log_p, log_q = goal.float().log_softmax(-1), logits.float().log_softmax(-1)
                 parts["kl"] = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
             if plan.feature:
                 assert self.job.pool is not None
-                guess, aim = (self.job.pool(o.last_hidden_state, batch) for o in (student, teacher))
+                guess, aim = (self.job.pool(o.last_hidden_state, real_BT) for o in (student, teacher))
                 parts["feature"] = (1 - F.cosine_similarity(guess.float(), aim.float(), dim=-1)).mean()
             if plan.dense:
-                parts["dense"] = relative(student.last_hidden_state, teacher.last_hidden_state, mask_BT)
+                parts["dense"] = relative(hidden_BTD, teacher.last_hidden_state, real_BT)
             if plan.hidden:
-                parts["hidden"] = hidden_error(student, teacher, mask_BT)
+                parts["hidden"] = hidden_error(student, teacher, real_BT)
         if plan.task:
             assert logits is not None
             parts["task"] = F.cross_entropy(logits.float(), batch["labels"])

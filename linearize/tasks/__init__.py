@@ -14,4 +14,8 @@ def of(name: str) -> type[Task]:
     import importlib
 
     module: Any = importlib.import_module(f"linearize.tasks.{name}")
-    return next(c for c in vars(module).values() if isinstance(c, type) and issubclass(c, Task) and c.name == name)
+    return next(
+        c
+        for c in vars(module).values()
+        if isinstance(c, type) and issubclass(c, Task) and getattr(c, "name", "") == name
+    )

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from linearize.data.examples import Examples
 from linearize.evaluate import diagnostics
+from linearize.evaluate.quality import WINDOW
 from linearize.plan import Plan
 from linearize.report import schema
 from linearize.surgery.attach import Surgery
@@ -19,7 +20,7 @@ from linearize.types import InputError
 
 Variant = tuple[str, Callable[[], AbstractContextManager[Any]]]
 Teacher = Callable[[], AbstractContextManager[Any]]
-Pool = Callable[[Tensor, dict[str, Tensor]], Tensor]
+Pool = Callable[[Tensor, Tensor], Tensor]
 Say = Callable[[str], None]
 
 #: the held-out examples that a table was measured on, in the output folder
@@ -100,13 +101,14 @@ class Task(ABC):
 
     @property
     def pool(self) -> Pool | None:
-        """The feature of each example from the last hidden state, where that is what the model is for."""
+        """The feature of each example, [B, E], from (last hidden state [B, T, D], real_BT), where that is what the model
+        is for."""
         return None
 
     @property
     def zero(self) -> list[tuple[str, str, dict[str, Any]]]:
         plan = self.plan.eval
-        return [("zero-token window", "window", {"window": plan.window, "sinks": plan.sinks})]
+        return [(WINDOW, "window", {"window": plan.window, "sinks": plan.sinks})]
 
     @abstractmethod
     def samples(

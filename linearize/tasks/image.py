@@ -15,6 +15,8 @@ from linearize.data.examples import Examples
 from linearize.data.images import Images, Processing, Tower, read_images
 from linearize.data.labels import has_head
 from linearize.evaluate.diagnostics import dense_maps
+from linearize.evaluate.quality import WINDOW
+from linearize.mixers import base as mixers
 from linearize.report import schema
 from linearize.stages.targets import outputs
 from linearize.storage import write_atomic
@@ -34,7 +36,7 @@ class Pictures(Compared[Images]):
     unit = "images"
 
     def few(self, most: int) -> Pictures:
-        return Pictures(self.data.take(0, most), self.plan, self.pool, self.classify)
+        return Pictures(self.data.take(0, most), self.plan, self.pool)
 
     def write(self, folder: Path) -> None:
         from safetensors.torch import save
@@ -102,18 +104,24 @@ class Image(Task):
         name = Path(source).name if Path(source).exists() else source
         rows, columns = images.size
         words = f"{name}: {len(images)} images of {rows} x {columns} pixels"
-        return Pictures(images, plan, self.pool, has_head(self.config), words)
+        return Pictures(images, plan, self.pool, words)
 
     @property
     def pool(self) -> Pool:
         """The first token before the patches (CLS); the mean of all where there is none."""
         prefix = Tower.of(self.config).prefix
-        return lambda hidden_BTD, batch: hidden_BTD[:, 0] if prefix else hidden_BTD.mean(1)
+        return lambda hidden_BTD, real_BT: hidden_BTD[:, 0] if prefix else hidden_BTD.mean(1)
+
+    @property
+    def zero(self) -> list[tuple[str, str, dict[str, Any]]]:
+        """A circle around each patch instead of a window along the tokens, and no attention at all."""
+        none = [("none", "none", {})]
+        return [(WINDOW, "clear", {"radius": self.plan.eval.window}), *none] if "clear" in mixers.names() else none
 
     # ------------------------------------------------------------------------------------------------ reports
     def samples(self, surgery: Surgery, exam: Exam, teacher: Teacher) -> tuple[list[schema.Sample], None]:
         assert isinstance(exam, Pictures)
-        if not exam.classify:
+        if not has_head(self.config):
             return [], None
         data = exam.data.take(0, SAMPLES)
         batch = data.collate([data[i] for i in range(len(data))])
