@@ -125,7 +125,7 @@ def run(
             if task.held_out:
                 train_data, valid = train_data.hold_out(plan.data.valid_tokens)
         exam = task.exam(valid)
-        resolved = replace(resolved, notes=(*resolved.notes, *train_data.notes))
+        resolved = replace(resolved, notes=tuple(dict.fromkeys((*resolved.notes, *train_data.notes, *exam.notes))))
         digest = hashlib.sha256(f"{plan.digest()}{original}{train_data.digest}".encode()).hexdigest()
         with processes.in_turn():
             _check_digest(work, digest)

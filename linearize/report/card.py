@@ -13,8 +13,14 @@ from linearize.report.schema import Report
 from linearize.storage import write_atomic
 from linearize.types import InputError
 
+_PIPELINE = {"text": "text-generation", "sentences": "sentence-similarity", "image": "image-classification"}
+_METRICS = {
+    "text": (("perplexity", "perplexity"), ("kl", "KL to the teacher, nats per token"), ("top1", "top-1 agreement")),
+    "sentences": (("spearman", "Spearman correlation"), ("cosine", "cosine to the teacher's vector"), ("mrr", "MRR")),
+    "image": (("accuracy", "top-1"), ("agreement", "agreement with the teacher"), ("cosine", "feature cosine")),
+}
 LIMITS = (
-    "Only one model, one text and one machine stand behind the numbers above: measure on your own data "
+    "Only one model, one data set and one machine stand behind the numbers above: measure on your own data "
     "(`linearize eval`).",
     "A state of constant size forgets. Exact recall from far back is where softmax attention stays ahead: look at the "
     "copy columns before you rely on it.",
@@ -43,7 +49,7 @@ def card(report: Report, *, adapter: bool | None = None) -> Any:
         base_model=report.model.id if report.model.source == "hub" else None,
         license=report.model.license,
         library_name="linearize" if adapter else "transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag=_PIPELINE[report.task],
         tags=["linearize", "linear-attention", report.method, *([] if adapter else ["custom_code"])],
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_body(report, name, adapter)}")
@@ -55,17 +61,16 @@ def _eval_results(report: Report) -> list[Any]:
     row = report.row("student")
     if row is None:
         return []
-    metrics = (("perplexity", "perplexity"), ("kl", "KL to the teacher, nats per token"), ("top1", "top-1 agreement"))
     return [
         EvalResult(
-            task_type="text-generation",
-            dataset_type="text",
+            task_type=_PIPELINE[report.task],
+            dataset_type="image" if report.task == "image" else "text",
             dataset_name=report.evaluation,
             metric_type=key,
             metric_name=words,
             metric_value=value,
         )
-        for key, words in metrics
+        for key, words in _METRICS[report.task]
         if (value := getattr(row, key)) is not None
     ]
 
@@ -91,7 +96,7 @@ def _body(report: Report, name: str, adapter: bool) -> str:
         "## Recipe",
         _fence(yaml.safe_dump(report.plan, sort_keys=False, allow_unicode=True), "yaml"),
         "## Limitations",
-        "".join(f"- {line}\n" for line in [*_kept(report), *LIMITS]),
+        "".join(f"- {line}\n" for line in [*_kept(report), *(LIMITS if report.task == "text" else LIMITS[::2])]),
         "## How it was made",
         tables.render(tables.stages_table(report), "markdown"),
         f"`{command}`, commit {escape(str(report.commit))}, {report.date}, on {escape(report.machine.cpu)} "
@@ -114,6 +119,8 @@ def _load(report: Report, adapter: bool) -> str:
     if adapter:
         base = report.model.id if report.model.source == "hub" else "path/to/the/base"
         return _fence(f'import linearize\n\nmodel = linearize.load("{base}", adapter="this/folder")\n', "python")
+    if report.task != "text":
+        return _fence(_ENCODE[report.task], "python")
     return _fence(
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'model = AutoModelForCausalLM.from_pretrained("this/folder", trust_remote_code=True)  # needs linearize\n'
@@ -124,8 +131,21 @@ def _load(report: Report, adapter: bool) -> str:
     )
 
 
+_ENCODE = {
+    "sentences": "import linearize\n"
+    "from transformers import AutoTokenizer\n\n"
+    'model = linearize.load("this/folder")  # or AutoModel.from_pretrained(..., trust_remote_code=True)\n'
+    'tokenizer = AutoTokenizer.from_pretrained("this/folder")\n'
+    'batch = tokenizer(["A sentence.", "Another, longer one."], padding=True, return_tensors="pt")\n'
+    "tokens = model(**batch).last_hidden_state\n",
+    "image": "import linearize\n\n"
+    'model = linearize.load("this/folder")  # or the Auto class of the base model, with trust_remote_code=True\n'
+    "outputs = model(pixel_values=images)  # float32 [batch, channels, rows, columns], as the base model takes them\n",
+}
+
+
 def _samples(report: Report) -> list[str]:
-    if not report.sample:
+    if not report.sample or report.task != "text":
         return []
     sample = report.sample[0]
     both = f"{sample.prompt}\n\nteacher:  ...{sample.teacher}\n\nstudent:  ...{sample.student}\n"

@@ -45,6 +45,10 @@ tr.strong td { font-weight: 650; background: #f0f8f6; }
   overflow-wrap: anywhere; font-family: Georgia, serif; }
 .pair h3 { font: 600 .8rem system-ui, sans-serif; color: var(--muted); margin: 0 0 .4rem; }
 .pair .student { border-color: #9fd0c8; }
+.triple { display: grid; grid-template-columns: 8rem 1fr 1fr; gap: 1rem; margin: .6rem 0 1rem; }
+.triple > div { border: 1px solid var(--line); border-radius: .4rem; padding: .6rem .8rem; white-space: pre-wrap; }
+.triple h3 { font: 600 .8rem system-ui, sans-serif; color: var(--muted); margin: 0 0 .4rem; }
+.small { image-rendering: pixelated; }
 .pair mark { background: none; color: var(--muted); }
 img { width: 100%; height: auto; }
 pre { background: #f7f9fa; border: 1px solid var(--line); border-radius: .4rem; padding: 1rem; overflow-x: auto;
@@ -129,7 +133,17 @@ def _tables(report: Report) -> str:
 def _samples(report: Report) -> list[str]:
     out = []
     for sample in report.sample:
-        prompt = f"<mark>{escape(sample.prompt)}</mark>"
+        if sample.image is not None:
+            shown = f"<img src='data:image/png;base64,{escape(sample.image)}' alt='' class=small>"
+            label = f"<p class=note>{escape(sample.prompt)}</p>" if sample.prompt else ""
+            out.append(
+                f"<div class=triple><div>{shown}{label}</div><div><h3>teacher</h3>{escape(sample.teacher)}</div>"
+                f"<div class=student><h3>student</h3>{escape(sample.student)}</div></div>"
+            )
+            continue
+        if report.task == "sentences":
+            out.append(f"<p class=note>Nearest to: {escape(sample.prompt)}</p>")
+        prompt = "" if report.task == "sentences" else f"<mark>{escape(sample.prompt)}</mark>"
         out.append(
             f"<div class=pair><div><h3>teacher</h3>{prompt}{escape(sample.teacher)}</div>"
             f"<div class=student><h3>student</h3>{prompt}{escape(sample.student)}</div></div>"

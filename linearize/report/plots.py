@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import math
 import re
@@ -91,6 +92,12 @@ def drawings(report: Report) -> list[Drawing]:
     if found.pictures:
         words = "Rows are queries, columns are keys, darker is more. The colour follows the square root of the weight."
         out.append(Drawing("attention", "Attention weights", words, attention(report)))
+    if found.gazes and found.image:
+        words = (
+            "Where the marked patch looks (or, without a mark, the token before the patches): weights over the image, "
+            "darker is more. The colour follows the square root, teacher and student of a row on one scale."
+        )
+        out.append(Drawing("gazes", "Attention over the image", words, gazes(report)))
     for name, curve in report.curves.items():
         out.append(Drawing(f"curve-{name}", f"{curve.y_label.capitalize()} against {curve.x_label}", "", follow(curve)))
     return out
@@ -416,6 +423,34 @@ def attention(report: Report, most: int = 4) -> bytes:
         bar.outline.set_visible(False)  # type: ignore[operator]
 
     return _paint(draw, 2 * 8.2 / max(3, len(pictures)) + 0.5)
+
+
+def gazes(report: Report, most: int = 9) -> bytes:
+    """Three gazes a line: the image with the token marked, the teacher's weights, the student's."""
+    from matplotlib.image import imread
+
+    found = report.diagnostics
+    assert found.image is not None
+    image = imread(io.BytesIO(base64.b64decode(found.image)))
+    shown = found.gazes[:most]
+    lines = math.ceil(len(shown) / 3)
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots(lines, 9, squeeze=False)
+        for ax in axes.flat:
+            ax.axis("off")
+        for i, gaze in enumerate(shown):
+            trio = axes[i // 3, 3 * (i % 3) : 3 * (i % 3) + 3]
+            rows, columns = gaze.grid
+            trio[0].imshow(image, cmap="gray", extent=(-0.5, columns - 0.5, rows - 0.5, -0.5))
+            if gaze.patch is not None:
+                trio[0].plot(gaze.patch % columns, gaze.patch // columns, "s", color=WINDOW, markersize=5, mfc="none")
+            trio[0].set_title(f"layer {gaze.layer}, head {gaze.head}", loc="center", fontsize=7, fontweight="normal")
+            for ax, which in zip(trio[1:], ("teacher", "student"), strict=True):
+                ax.imshow(gaze.unpack(which), cmap=_colormap(), vmin=0, vmax=1, interpolation="nearest")
+                ax.set_title(which, loc="center", fontsize=7, color=COLOURS[which])
+
+    return _paint(draw, 1.25 * lines + 0.2)
 
 
 def follow(curve: Curve) -> bytes:

@@ -29,8 +29,8 @@ LEGEND = (
 ENCODERS = (
     "Top-1 on the labels, or Spearman's rank correlation with the scores people gave to pairs; of the teacher, of the "
     "student before training (swapped) and after, of an untrained window (on images a circle), and without any "
-    "attention. At least: lower end of the 95 % interval of the student's share. Feature cosine: to the teacher's pooled "
-    "feature. MRR: halves of a passage finding each other. Tokens of images are patches."
+    "attention. At least: lower end of the 95 % interval of the student's share. Feature cosine: to the teacher's "
+    "pooled feature. MRR: halves of a passage finding each other. Tokens of images are patches."
 )
 
 
@@ -87,16 +87,11 @@ def results_block(root: Path, here: Path) -> str:
         return Path(os.path.relpath(folder / name, here)).as_posix()
 
     parts = []
-    for words, make, legend, chosen in (
-        ("Language models:", tables.results_table, LEGEND, [r for r in found if r[1].task == "text"]),
-        (
-            "Encoders and vision transformers:",
-            tables.encoder_results,
-            ENCODERS,
-            [r for r in found if r[1].task != "text"],
-        ),
+    for words, make, legend, decoders in (
+        ("Language models:", tables.results_table, LEGEND, True),
+        ("Encoders and vision transformers:", tables.encoder_results, ENCODERS, False),
     ):
-        if chosen:
+        if chosen := [(name, run) for name, run in found if (run.task == "text") == decoders]:
             table = tables.render(make(chosen, link), "markdown")
             parts.append((words, f"{table}\n{tables.escape_markdown(legend)}\n"))
     return parts[0][1] if len(parts) == 1 else "\n".join(f"{words}\n\n{body}" for words, body in parts)

@@ -35,7 +35,7 @@ class _Summary:
         for table in (tables.parts_table(report), None if wide else tables.state_table(report)):
             if table is not None and table.rows:
                 yield tables.render(table, "rich")
-        for sample in report.sample[:1]:
+        for sample in report.sample[:1] if report.task == "text" else ():
             yield _pair(sample)
         yield Text(f"{report.verdict.headline}.", style=COLOURS[report.verdict.level])
         for line in report.verdict.lines:

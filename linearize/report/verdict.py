@@ -48,9 +48,10 @@ def judge(rows: Sequence[Row], gate: Mapping[str, Any] | None = None) -> Verdict
     """The verdict on a table of rows.
 
     gate: the recipe's; `linear_gain` (True, or the nats wanted) and `perplexity_ratio` (the most allowed); of encoders
-    `retained`, `cosine` and `mrr` (the least). A gate whose number was not measured is missed. Looks at the rows teacher, student, linear_off, zero-token window and window-only
-    student; a missing one is not judged. The linear branch is dead where its gain, on all tokens and on
-    copy-from-beyond tokens, is below LINEAR_GAIN or not distinguishable from 0.
+    `retained`, `cosine` and `mrr` (the least). A gate whose number was not measured is missed. Looks at the rows
+    teacher, student, linear_off, zero-token window, window-only student and (of encoders) none; a missing one is not
+    judged. The linear branch of a language model is dead where its gain, on all tokens and on copy-from-beyond tokens,
+    is below LINEAR_GAIN or not distinguishable from 0.
     """
     teacher, student = find(rows, "teacher"), find(rows, "student")
     if student is not None and student.cosine is not None:

@@ -31,12 +31,13 @@ class Exam(ABC):
     """What a table is measured on, the same for all of its rows. count: of `unit`; words: all that in words.
 
     A score is of one row, with one entry per prediction or example, so that a row can be made of it (`rows`) and it
-    can be kept (`pack`, `unpack`). followed: what `follow` says, in words.
+    can be kept (`pack`, `unpack`). followed: what `follow` says, in words. notes: what a user may not have expected.
     """
 
     unit: ClassVar[str]
     followed: ClassVar[str]
     words: str
+    notes: tuple[str, ...] = ()
 
     @property
     @abstractmethod
@@ -101,8 +102,7 @@ class Task(ABC):
 
     @property
     def pool(self) -> Pool | None:
-        """The feature of each example, [B, E], from (last hidden state [B, T, D], real_BT), where that is what the model
-        is for."""
+        """The feature of each example, [B, E], from (last hidden state [B, T, D], real_BT), where models are for that."""
         return None
 
     @property

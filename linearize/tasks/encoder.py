@@ -26,6 +26,7 @@ class Compared(Exam, Generic[Data]):
 
     def __init__(self, data: Data, plan: Plan, pool: Pool, words: str = "") -> None:
         self.data, self.plan, self.pool, self.words = data, plan, pool, words
+        self.notes = data.notes
 
     @property
     def count(self) -> int:

@@ -41,6 +41,7 @@ class Texts(Compared[Sentences]):
     ) -> None:
         super().__init__(data, plan, pool, words)
         self.pairs = pairs
+        self.notes = (*data.notes, *(pool.notes if isinstance(pool, Pooling) else ()))
         self.passages = bool(plan.eval.minimum)
 
     @property
