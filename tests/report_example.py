@@ -38,7 +38,7 @@ def example(**changes: object) -> Report:
         return weights / weights.sum(-1, keepdims=True)
 
     def picture(layer: int, head: int) -> dict[str, object]:
-        from linearize.report.schema import Picture
+        from linearize.report.looks import Picture
 
         q, k = rng.standard_normal((2, 64, 8))
         near = -0.08 * (1 + head) * np.abs(np.subtract.outer(np.arange(64), np.arange(64)))

@@ -16,7 +16,7 @@ from linearize.evaluate import quality
 from linearize.evaluate.diagnostics import dense_maps, diagnose, spearman, teacher_weights
 from linearize.evaluate.generation import distinct, generation, prompts, repetition
 from linearize.evaluate.quality import Score, Targets, compare, copy_from_beyond, measure, table
-from linearize.report.schema import Diagnostics as ReportDiagnostics
+from linearize.report.looks import Diagnostics as ReportDiagnostics
 from linearize.report.schema import Generation as ReportGeneration
 from linearize.report.schema import Row as ReportRow
 from linearize.report.verdict import judge

@@ -14,7 +14,8 @@ import pytest
 from report_example import example, row
 
 from linearize.report import card, files, html, plots, provenance, readme, schema, summary, tables, verdict
-from linearize.report.schema import Bench, Picture, Report, Result, Row
+from linearize.report.looks import Picture
+from linearize.report.schema import Bench, Report, Result, Row
 from linearize.types import GateError, InputError, StageReport, StorageError
 
 ROOT = Path(__file__).resolve().parents[1]

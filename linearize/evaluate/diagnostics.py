@@ -46,7 +46,7 @@ class Diagnostics:
     entropy_by_position: dict[str, list[list[float]]]
 
     def as_dict(self) -> dict[str, Any]:
-        """For `report.schema.Diagnostics` (without pictures)."""
+        """For `report.looks.Diagnostics` (without pictures)."""
         return {"layers": self.layers, "entropy": self.entropy, "monotonicity": self.monotonicity}
 
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from linearize.report.schema import Bytes, Curve, Pair, Report, Stage
+from linearize.report.looks import Pair
+from linearize.report.schema import Bytes, Curve, Report, Stage
 from linearize.report.tables import count, label, size
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from linearize.data.examples import Examples
 from linearize.evaluate import diagnostics
 from linearize.evaluate.quality import WINDOW
 from linearize.plan import Plan
-from linearize.report import schema
+from linearize.report import looks, schema
 from linearize.surgery.attach import Surgery
 from linearize.types import InputError
 
@@ -102,7 +102,7 @@ class Task(ABC):
 
     @property
     def pool(self) -> Pool | None:
-        """The feature of each example, [B, E], from (last hidden state [B, T, D], real_BT), where models are for that."""
+        """The feature of each example, [B, E], from (last hidden state [B, T, D], real_BT), of encoders."""
         return None
 
     @property
@@ -117,7 +117,7 @@ class Task(ABC):
         """What both say of the same examples."""
 
     @abstractmethod
-    def diagnostics(self, surgery: Surgery, exam: Exam) -> schema.Diagnostics:
+    def diagnostics(self, surgery: Surgery, exam: Exam) -> looks.Diagnostics:
         """What their attention looks like."""
 
     @property
@@ -131,18 +131,18 @@ def diagnosed(
     batches: list[dict[str, Tensor]],
     shown: dict[str, Tensor] | None = None,
     labels: list[str] | None = None,
-) -> schema.Diagnostics:
+) -> looks.Diagnostics:
     """Head by head on batches of one example each, and pictures of the weights on `shown`; labels: of its tokens."""
     try:
         found = diagnostics.diagnose(surgery, batches)
     except InputError:  # no mixer with weights: there is nothing to compare
-        return schema.Diagnostics()
-    return schema.Diagnostics(
+        return looks.Diagnostics()
+    return looks.Diagnostics(
         layers=found.layers,
-        entropy=schema.Pair(**found.entropy),
-        monotonicity=schema.Pair(**found.monotonicity),
+        entropy=looks.Pair(**found.entropy),
+        monotonicity=looks.Pair(**found.monotonicity),
         pictures=[
-            schema.Picture.pack(layer, head, maps["teacher"], maps["student"], labels)
+            looks.Picture.pack(layer, head, maps["teacher"], maps["student"], labels)
             for (layer, head), maps in (diagnostics.dense_maps(surgery, shown) if shown else {}).items()
         ],
     )

@@ -17,7 +17,7 @@ from linearize.data.labels import has_head
 from linearize.evaluate.diagnostics import dense_maps
 from linearize.evaluate.quality import WINDOW
 from linearize.mixers import base as mixers
-from linearize.report import schema
+from linearize.report import looks, schema
 from linearize.stages.targets import outputs
 from linearize.storage import write_atomic
 from linearize.surgery.attach import Surgery
@@ -148,11 +148,11 @@ class Image(Task):
         top = logits_C.float().softmax(-1).topk(min(3, len(logits_C)))
         return "\n".join(f"{self._class(int(c))} {100 * float(p):.1f} %" for p, c in zip(top.values, top.indices))
 
-    def diagnostics(self, surgery: Surgery, exam: Exam) -> schema.Diagnostics:
+    def diagnostics(self, surgery: Surgery, exam: Exam) -> looks.Diagnostics:
         assert isinstance(exam, Pictures)
         data = exam.data.take(0, DIAGNOSED)
         if data.length > LONGEST:
-            return schema.Diagnostics()
+            return looks.Diagnostics()
         found = diagnosed(surgery, [_without_labels(data, i) for i in range(len(data))])
         if not found.layers:
             return found
@@ -165,7 +165,7 @@ class Image(Task):
             for place in places:
                 row = 0 if place is None else data.prefix + place
                 weights = [maps[side][row, patches] for side in ("teacher", "student")]
-                found.gazes.append(schema.Gaze.pack(layer, head, (rows, columns), place, *weights))
+                found.gazes.append(looks.Gaze.pack(layer, head, (rows, columns), place, *weights))
         found.image = png(data.picture(0))
         return found
 

@@ -19,7 +19,7 @@ from linearize.data.sentences import Form, Pairs, Sentences, read_pairs, read_se
 from linearize.evaluate import encoders
 from linearize.evaluate.pooling import Pooling
 from linearize.plan import Plan
-from linearize.report import schema
+from linearize.report import looks, schema
 from linearize.storage import write_atomic
 from linearize.surgery.attach import Surgery
 from linearize.tasks.base import HELD_OUT, Exam, Pool, Say, Task, Teacher, Variant, diagnosed
@@ -200,7 +200,7 @@ class Sentence(Task):
         ids = data.ids[int(data.starts[index]) : int(data.stops[index])]
         return self.processor.decode(ids[:most].tolist()) + (" ..." if len(ids) > most else "")
 
-    def diagnostics(self, surgery: Surgery, exam: Exam) -> schema.Diagnostics:
+    def diagnostics(self, surgery: Surgery, exam: Exam) -> looks.Diagnostics:
         assert isinstance(exam, Texts)
         count, tokens = DIAGNOSED
         order = exam.data.sizes.argsort(descending=True)[:count].tolist()

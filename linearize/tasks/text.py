@@ -16,7 +16,7 @@ from linearize.data.selfgen import selfgen
 from linearize.data.text import Tokens
 from linearize.evaluate import generation, quality
 from linearize.plan import Plan
-from linearize.report import schema
+from linearize.report import looks, schema
 from linearize.storage import write_atomic
 from linearize.surgery.attach import Surgery
 from linearize.tasks.base import HELD_OUT, Exam, Say, Task, Teacher, Variant, diagnosed
@@ -171,7 +171,7 @@ class Text(Task):
         )
         return [schema.Sample(**vars(s)) for s in found.samples], schema.Generation(**found.as_dict())
 
-    def diagnostics(self, surgery: Surgery, exam: Exam) -> schema.Diagnostics:
+    def diagnostics(self, surgery: Surgery, exam: Exam) -> looks.Diagnostics:
         assert isinstance(exam, Documents)
         count, tokens = DIAGNOSED
         batches = [{"input_ids": ids[None, :tokens]} for ids in sorted(exam.documents, key=len)[-count:]]
