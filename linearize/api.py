@@ -102,20 +102,22 @@ def _families() -> list[dict[str, Any]]:
 
     from linearize import models
     from linearize.surgery.select import find
-    from linearize.testing.pico import FAMILIES, pico_config
+    from linearize.testing.pico import FAMILIES, IMAGE_ENCODERS, TEXT_ENCODERS, pico_config
     from linearize.types import Unsupported
 
     logging.set_verbosity_error()  # tiny configurations make some families warn
     rows = []
-    for family in FAMILIES:
+    for family in (*FAMILIES, *TEXT_ENCODERS, *IMAGE_ENCODERS):
+        config = pico_config(family)
         try:
             with torch.no_grad():
-                sites = find(models.skeleton(pico_config(family)))
+                sites = find(models.skeleton(config))
         except Unsupported as error:
-            rows.append({"name": family, "reached": "no", "drops": str(error)})
+            rows.append({"name": family, "task": "-", "reached": "no", "drops": str(error)})
             continue
         drops = list(dict.fromkeys(drop for site in sites for drop in site.drops))
-        rows.append({"name": family, "reached": sites[0].seam, "drops": "; ".join(drops)})
+        task = models.kind(config)[0]
+        rows.append({"name": family, "task": task, "reached": sites[0].seam, "drops": "; ".join(drops)})
     return rows
 
 
@@ -130,6 +132,7 @@ def _recipes() -> list[dict[str, Any]]:
         rows.append(
             {
                 "name": name,
+                "task": made.task,
                 "method": made.method.name,
                 "model": made.model.id or form.get("model_type") or "any",
                 "tokens": sum(stage.tokens for stage in made.stages),
@@ -366,6 +369,8 @@ def generate(
     loaded = models.load_converted(model, device=device, trust_remote_code=trust_remote_code)
     surgery = Surgery.of(loaded.model)
     assert surgery is not None
+    if loaded.task != "text":
+        raise InputError(f"generate continues text, and this is a model for {loaded.task}: see linearize eval")
     tokenizer = loaded.tokenizer
     first = first_token(tokenizer)
     ids = ([] if first is None else [first]) + tokenizer(prompt, add_special_tokens=False)["input_ids"]

@@ -28,7 +28,7 @@ def stage_problems(plan: Plan, at: str, stage: StagePlan, settings: Any) -> list
         found.append(f"{at}: nothing to learn: give {', '.join(losses[:-1])} or {losses[-1]} a weight above 0")
     for key in set(LOSSES[stage.kind]) & FOREIGN[plan.task]:
         if getattr(stage, key):
-            found.append(f"{at}.{key}: is no loss of a model of {PLURAL[plan.task]}: give {', '.join(losses)} a weight")
+            found.append(f"{at}.{key}: no loss for {PLURAL[plan.task]}: give a weight to {' or '.join(losses)}")
     if stage.kind == "finetune":
         return found
     if stage.far_weight and not stage.output:

@@ -45,7 +45,7 @@ def resolve(
     given = recipe is not None
     # Reads the recipe before the model: a mistake in it should not wait for a download.
     plan = Plan.read(recipe, items, task)
-    wanted = plan.task if "task" in raw(recipe)[1] else task
+    wanted = plan.task if "task" in raw(recipe)[1] or any(key == "task" for key, _ in items) else task
     source, notes = None, []
     config: Any
     if model is not None and not isinstance(model, str | Path):
@@ -62,8 +62,7 @@ def resolve(
         raise InputError(f"recipe {recipe} is for another model than the embedded one: name it with --model")
     found = models.task_of(model) if source is None and model is not None else models.kind(config)[0]
     if wanted not in (None, found):
-        what = f"recipe {recipe}" if wanted != task else "--task"
-        raise InputError(f"{what} is for {wanted}, but this {config.model_type} is a model for {found}")
+        raise InputError(f"task: {wanted} was asked for, but this {config.model_type} is a model for {found}")
     if not given:
         recipe = recipe_for(config.to_dict(), plan.method.name)
     plan = Plan.read(recipe, items, found)

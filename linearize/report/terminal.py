@@ -47,9 +47,10 @@ def _from(tokens: int | None) -> str:
 def planned(answer: Planned) -> RenderableType:
     """The plan in words, the layers, what a sequence keeps and costs, and what is left alone."""
     forecast, plan = answer.forecast, answer.plan
+    decodes = any(group.shape["causal"] for group in forecast.groups)  # nothing is kept between calls otherwise
+    kept = ("state>", "smaller from>") if decodes else ()
     sites = _table(
-        "layers", "heads>", "kv>", "key x value", "new parameters>", "state>", "smaller from>", "cheaper from>",
-        "drops",
+        "layers", "heads>", "kv>", "key x value", "new parameters>", *kept, "cheaper from>", "drops",
         title=f"{forecast.method} in {sum(len(g.sites) for g in forecast.groups)} layers of a {forecast.model_type}"
         f" model of {count(forecast.base_parameters)} parameters",
     )  # fmt: skip
@@ -61,20 +62,19 @@ def planned(answer: Planned) -> RenderableType:
             str(shape["kv_heads"]),
             f"{shape['key_dim']} x {shape['value_dim']}",
             f"{group.parameters:,}",
-            size(group.state_bytes),
-            _from(group.break_even_memory),
+            *((size(group.state_bytes), _from(group.break_even_memory)) if decodes else ()),
             _from(group.break_even_flops),
             "; ".join(group.drops) or "nothing",
         )
+    keeps = ("teacher keeps>", "student keeps>") if decodes else ()
     lengths = _table(
-        "tokens>", "teacher keeps>", "student keeps>", "teacher's attention FLOPs>", "student's>",
+        "tokens>", *keeps, "teacher's attention FLOPs>", "student's>",
         title="One sequence, all layers",
     )  # fmt: skip
     for row in forecast.lengths:
         lengths.add_row(
             f"{row.tokens:,}",
-            size(row.kv_bytes),
-            size(row.state_bytes),
+            *((size(row.kv_bytes), size(row.state_bytes)) if decodes else ()),
             f"{row.teacher_flops:.3g}",
             f"{row.student_flops:.3g}",
         )
@@ -82,7 +82,9 @@ def planned(answer: Planned) -> RenderableType:
     lines = [
         f"new parameters    {forecast.new_parameters:,} ({share:.2%} of the model)",
         f"memory breaks even at {_from(forecast.break_even_memory)} tokens, attention FLOPs at"
-        f" {_from(forecast.break_even_flops)} (float32 state against a bf16 cache)",
+        f" {_from(forecast.break_even_flops)} (float32 state against a bf16 cache)"
+        if decodes
+        else f"attention FLOPs break even at {_from(forecast.break_even_flops)} tokens",
     ]
     if forecast.left:
         reasons: dict[str, list[str]] = {}

@@ -1,0 +1,312 @@
+"""Encoders and vision transformers on the same road: convert, reload, measure again, resume, refuse."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, processors
+from tokenizers import models as token_models
+from tokenizers import pre_tokenizers as splitters
+from transformers import (
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    PreTrainedTokenizerFast,
+    ViTForImageClassification,
+)
+
+import linearize
+from linearize import api, conversion, models
+from linearize.conversion import work_folder
+from linearize.data.text import Tokens
+from linearize.plan import Plan
+from linearize.report import schema
+from linearize.resolve import resolve
+from linearize.testing.pico import pico, pico_config
+from linearize.types import GateError, InputError, Unsupported
+
+WORDS = "the a dog cat ball park sun runs sees likes red big small and . in".split()
+SMALL = {
+    "data.valid_tokens": 300,
+    "stages.transfer.tokens": 1000,
+    "stages.transfer.batch": 8,
+    "stages.finetune.tokens": 1000,
+    "stages.finetune.batch": 8,
+    "stages.finetune.lora.r": 2,
+    "eval.limit": 12,
+    "eval.batch": 6,
+}
+
+
+# ---------------------------------------------------------------------------------------------------------- models
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("tasks")
+
+
+@pytest.fixture(scope="module")
+def vit(home) -> Path:
+    """A classifier of 12 x 20 pixels: 3 x 5 patches."""
+    torch.manual_seed(0)
+    config = pico_config("vit", image_size=(12, 20), num_hidden_layers=2, num_channels=1, num_labels=3)
+    ViTForImageClassification(config).save_pretrained(home / "vit")
+    return home / "vit"
+
+
+@pytest.fixture(scope="module")
+def images(home) -> Path:
+    generator = np.random.default_rng(0)
+    pixels = generator.integers(0, 256, (80, 12, 20), dtype=np.uint8)
+    np.savez(home / "images.npz", images=pixels, labels=np.arange(80) % 3)
+    return home / "images.npz"
+
+
+@pytest.fixture(scope="module")
+def bert(home) -> Path:
+    """An encoder as sentence-transformers keeps it, pooled by its first token."""
+    folder = home / "bert"
+    pico("bert", num_hidden_layers=2).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    modules = [
+        {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+        {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+    ]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_cls_token": True}))
+    return folder
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    marks = ["[PAD]", "[CLS]", "[SEP]", "[UNK]"]
+    inner = Tokenizer(token_models.WordLevel({w: i for i, w in enumerate([*marks, *WORDS])}, unk_token="[UNK]"))
+    inner.pre_tokenizer = splitters.Whitespace()
+    inner.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+    )
+    names = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "unk_token": "[UNK]"}
+    return PreTrainedTokenizerFast(tokenizer_object=inner, **names)
+
+
+def prose(count: int, seed: int = 0) -> list[str]:
+    draw = torch.Generator().manual_seed(seed)
+    picks = [torch.randint(len(WORDS), (5 + i % 9,), generator=draw).tolist() for i in range(count)]
+    return [" ".join(WORDS[j] for j in pick) for pick in picks]
+
+
+@pytest.fixture(scope="module")
+def texts(home) -> Path:
+    (home / "texts.txt").write_text("\n".join(prose(120)))
+    return home / "texts.txt"
+
+
+@pytest.fixture(scope="module")
+def pairs(home) -> Path:
+    both = prose(24, seed=1)
+    rows = [f"x\ty\tz\t{i}\t{i % 6}.5\t{both[2 * i]}\t{both[2 * i + 1]}" for i in range(12)]
+    (home / "pairs.tsv").write_text("\n".join(rows))
+    return home / "pairs.tsv"
+
+
+@pytest.fixture(scope="module")
+def seen(vit, images, home) -> Path:
+    """The converted classifier."""
+    api.convert(vit, data=str(images), overrides={**SMALL, "eval.curve": 600}, output_dir=home / "seen")
+    return home / "seen"
+
+
+@pytest.fixture(scope="module")
+def read(bert, texts, pairs, home) -> Path:
+    """The converted encoder."""
+    api.convert(bert, data=str(texts), overrides={**SMALL, "eval.pairs": str(pairs)}, output_dir=home / "read")
+    return home / "read"
+
+
+# ----------------------------------------------------------------------------------------------------------- images
+def test_images_are_measured_by_classes_and_features(seen):
+    report = schema.read(seen, schema.Report)
+    rows = {row.name: row for row in report.rows}
+    assert {"teacher", "swapped", "after transfer", "student", "none"} <= set(rows)
+    teacher, student = rows["teacher"], rows["student"]
+    assert (teacher.agreement, teacher.cosine, teacher.kl) == (1, 1, 0) and teacher.perplexity is None
+    assert teacher.accuracy is not None and student.dense_cosine is not None and "cosine" in student.intervals
+    assert report.task == "image" and report.state == {} and report.evaluation.startswith("held-out part of")
+    assert [stage.steps for stage in report.stages] == [-(-1000 // (8 * 16))] * 2  # 15 patches and CLS
+    assert report.curves["ratio"].y and {gaze.grid for gaze in report.diagnostics.gazes} == {(3, 5)}
+    assert report.diagnostics.image and report.sample[0].image
+    page = (seen / "report.html").read_text()
+    assert "Attention over the image" in page and "patch cosine" in page
+    assert "image-classification" in (seen / "README.md").read_text()
+
+
+def test_a_converted_classifier_reloads_the_same_three_ways(seen):
+    pixels = torch.rand(2, 1, 12, 20, generator=torch.Generator().manual_seed(1))
+    ours = linearize.load(seen)
+    theirs = AutoModelForImageClassification.from_pretrained(seen, trust_remote_code=True)
+    with torch.no_grad():
+        assert torch.equal(ours(pixel_values=pixels).logits, theirs(pixel_values=pixels).logits)
+    assert [site["mixer"] for site in api.inspect(seen).sites] == ["hedgehog"] * 2
+
+
+def test_images_are_measured_again(seen, images):
+    before = {row.name: row for row in schema.read(seen, schema.Report).rows}
+    again = {row.name: row for row in api.evaluate(seen).rows}
+    assert again["student"].agreement == before["student"].agreement
+    assert again["student"].cosine == pytest.approx(before["student"].cosine, abs=1e-5)
+    other = api.evaluate(seen, data=str(images), split="[:20]", limit=20)
+    assert other.rows[0].documents == 20 and "top-1" in str(vars(other.render().renderables[0].columns[1])["header"])
+
+
+@pytest.mark.parametrize("moment", [("transfer", 3), ("finetune", 4)])
+def test_a_stopped_run_ends_with_the_same_bytes(seen, vit, images, tmp_path, moment):
+    class Stop(BaseException):
+        pass
+
+    def stop(stage: str, step: int) -> None:
+        if (stage, step) == moment:
+            raise Stop
+
+    settings = {**SMALL, "eval.curve": 600, "data.source": str(images), "output.folder": str(tmp_path / "out")}
+    resolved = resolve(vit, overrides=settings)
+    with pytest.raises(Stop):
+        conversion.run(resolved, on_step=stop)
+    assert work_folder(tmp_path / "out").exists() and not (tmp_path / "out").exists()
+    conversion.run(resolved, resume=True)
+    name = "model.safetensors"
+    assert (tmp_path / "out" / name).read_bytes() == (seen / name).read_bytes()
+
+
+def test_an_adapter_of_a_classifier_knows_its_base(vit, images, tmp_path):
+    settings = {**SMALL, "output.adapter_only": True, "stages.finetune.task": 1.0}
+    api.convert(vit, data=str(images), overrides=settings, output_dir=tmp_path / "adapter")
+    api.merge(tmp_path / "adapter", tmp_path / "full")
+    pixels = torch.rand(2, 1, 12, 20)
+    with torch.no_grad():
+        apart, whole = (linearize.load(tmp_path / name)(pixel_values=pixels).logits for name in ("adapter", "full"))
+    torch.testing.assert_close(apart, whole, atol=1e-5, rtol=0)
+    other = models.load_model(vit).model
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    with pytest.raises(InputError, match="was made for"):
+        linearize.load(other, adapter=tmp_path / "adapter")
+
+
+# -------------------------------------------------------------------------------------------------------- sentences
+def test_sentences_are_measured_by_their_vectors(read, bert):
+    report = schema.read(read, schema.Report)
+    rows = {row.name: row for row in report.rows}
+    assert {"teacher", "swapped", "student", "zero-token window", "none"} <= set(rows)
+    assert rows["student"].spearman is not None and rows["student"].retained is not None
+    assert rows["student"].accuracy is None and rows["student"].documents == 12
+    assert report.task == "sentences" and "12 pairs of pairs.tsv" in report.evaluation and report.sample
+    assert (read / "1_Pooling" / "config.json").read_bytes() == (bert / "1_Pooling" / "config.json").read_bytes()
+    assert (read / "modules.json").is_file() and "sentence-similarity" in (read / "README.md").read_text()
+
+
+def test_a_converted_encoder_reloads_the_same(read):
+    batch = tokenizer()(["the dog runs .", "a cat"], padding=True, return_tensors="pt")
+    ours, theirs = linearize.load(read), AutoModel.from_pretrained(read, trust_remote_code=True)
+    with torch.no_grad():
+        assert torch.equal(ours(**batch).last_hidden_state, theirs(**batch).last_hidden_state)
+
+
+def test_sentences_are_measured_again(read, pairs):
+    before = schema.read(read, schema.Report).row("student")
+    again = {row.name: row for row in api.evaluate(read).rows}["student"]
+    assert before is not None
+    assert again.spearman == pytest.approx(before.spearman, abs=1e-4)
+    assert again.cosine == pytest.approx(before.cosine, abs=1e-5)
+
+
+def test_passages_find_their_halves(bert, home, tmp_path):
+    (home / "long.txt").write_text(" ".join(prose(60)))
+    settings = {**SMALL, "data.length": 24, "data.minimum": 12, "eval.length": 24, "eval.minimum": 12}
+    done = api.convert(bert, data=str(home / "long.txt"), overrides=settings, max_steps=2, output_dir=tmp_path / "o")
+    teacher = done.report.row("teacher")
+    assert teacher is not None and 0 < teacher.mrr <= 1
+    assert [stage.steps for stage in done.report.stages] == [2, 2]
+
+
+def test_classes_of_texts(home, texts, tmp_path):
+    torch.manual_seed(0)
+    config = pico_config("bert", num_hidden_layers=2, num_labels=2)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(home / "classes")
+    tokenizer().save_pretrained(home / "classes")
+    rows = [json.dumps({"text": text, "label": i % 2}) for i, text in enumerate(prose(60))]
+    (home / "classes.jsonl").write_text("\n".join(rows))
+    settings = {**SMALL, "data.label_column": "label", "stages.finetune.kl": 1.0, "stages.finetune.task": 0.5}
+    source = str(home / "classes.jsonl")
+    done = api.convert(home / "classes", data=source, overrides=settings, output_dir=tmp_path / "o")
+    student = done.report.row("student")
+    assert student is not None and student.accuracy is not None and student.agreement is not None
+    with pytest.raises(InputError, match="the data has no labels"):
+        api.convert(home / "classes", data=str(texts), overrides={**SMALL, "stages.finetune.task": 1})
+
+
+def test_layers_that_share_a_module_are_all_taught(texts, home, tmp_path):
+    pico("albert", num_hidden_layers=3).save_pretrained(home / "albert")
+    tokenizer().save_pretrained(home / "albert")
+    done = api.convert(home / "albert", data=str(texts), overrides=SMALL, max_steps=2, output_dir=tmp_path / "o")
+    assert len([key for key in done.report.stages[0].series if key.startswith("layer.")]) == 3
+
+
+# ---------------------------------------------------------------------------------------------------------- refusals
+@pytest.mark.parametrize(
+    "settings, says",
+    [
+        ({"stages.finetune.lm": 1}, "stages.finetune.lm: no loss for images"),
+        ({"data.chat": True}, "data.chat: has no meaning for images"),
+        ({"eval.pairs": "x"}, "eval.pairs: scored pairs are of sentences"),
+        ({"gate.perplexity_ratio": 1.1}, "gate.perplexity_ratio: is not measured on images"),
+        ({"task": "text"}, "is a model for image"),
+    ],
+)
+def test_what_does_not_fit_images_is_told(vit, images, settings, says):
+    with pytest.raises(InputError, match=says):
+        resolve(vit, overrides={**settings, "data.source": str(images)})
+
+
+def test_other_data_than_the_model_reads_are_told(vit, bert, images, texts, tmp_path):
+    with pytest.raises(InputError, match="feature: no loss for text"):
+        resolve(None, overrides={"stages.finetune.feature": 1.0})
+    with pytest.raises(InputError):
+        api.convert(vit, data=str(texts), output_dir=tmp_path / "a")
+    with pytest.raises(InputError):
+        api.convert(bert, data=str(images), output_dir=tmp_path / "b")
+    with pytest.raises(InputError, match="name images to train on"):
+        api.convert(vit, output_dir=tmp_path / "c")
+    with pytest.raises(InputError, match="are no images"):
+        api.convert(vit, data=Tokens.__new__(Tokens), output_dir=tmp_path / "d")
+    assert not list(tmp_path.iterdir())
+
+
+def test_labels_outside_the_head_and_a_missed_gate(vit, images, home, tmp_path):
+    with np.load(images) as kept:
+        np.savez(home / "wrong.npz", images=kept["images"], labels=np.arange(80) % 5)
+    with pytest.raises(InputError, match="outside the model's head"):
+        api.convert(vit, data=str(home / "wrong.npz"), overrides=SMALL, output_dir=tmp_path / "o")
+    with pytest.raises(GateError, match="retained"):
+        settings = {**SMALL, "gate.retained": 50.0}
+        api.convert(vit, data=str(images), overrides=settings, max_steps=1, output_dir=tmp_path / "o")
+    assert (tmp_path / "o" / "report.json").is_file()
+
+
+def test_a_model_of_two_towers_and_an_encoder_decoder_are_refused():
+    for family, says in (("t5", "encoder-decoder"), ("clip", "several towers")):
+        with pytest.raises(Unsupported, match=says):
+            resolve(None, recipe={"model": {"form": {"model_type": family}}}, offline=True)
+
+
+def test_the_task_is_told_by_the_model(vit, bert):
+    assert Plan.read(None, {}, "image").task == "image" and resolve(bert).plan.task == "sentences"
+    planned = api.plan(vit)
+    assert planned.plan.task == "image" and planned.plan.mixer().window == 0
+    with pytest.raises(InputError, match="task: sentences was asked for"):
+        resolve(vit, task="sentences")
+    with pytest.raises(InputError, match="did you mean 'image'"):
+        resolve(None, task="images")
