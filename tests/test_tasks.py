@@ -29,7 +29,24 @@ from linearize.resolve import resolve
 from linearize.testing.pico import pico, pico_config
 from linearize.types import GateError, InputError, Unsupported
 
-WORDS = "the a dog cat ball park sun runs sees likes red big small and . in".split()
+WORDS = [
+    "the",
+    "a",
+    "dog",
+    "cat",
+    "ball",
+    "park",
+    "sun",
+    "runs",
+    "sees",
+    "likes",
+    "red",
+    "big",
+    "small",
+    "and",
+    ".",
+    "in",
+]
 SMALL = {
     "data.valid_tokens": 300,
     "stages.transfer.tokens": 1000,
