@@ -32,7 +32,7 @@ class Mixer(nn.Module, ABC):
 
     paper: where it comes from. kinds: what it can replace, of "causal", "bidirectional", "joint".
     needs: of "hidden", "grid", "rotary", "mask". refuses: why it does not fit one of HOMES, where `kinds` does not say
-    it all. Config: its fields are the recipe's `mixer:` keys. signed: weights may be negative, so that maps have no KL.
+    it all. Config: its fields are the recipe's `mixer:` keys.
     """
 
     paper: ClassVar[str]
@@ -40,7 +40,6 @@ class Mixer(nn.Module, ABC):
     needs: ClassVar[frozenset[str]] = frozenset()
     refuses: ClassVar[Mapping[str, str]] = {}
     recurrent: bool = False
-    signed: bool = False
     Config: ClassVar[type[MixerConfig]] = MixerConfig
     #: names of the branches that `Surgery.ablate` can switch off; `off` is the one that is off now
     branches: tuple[str, ...] = ()

@@ -57,7 +57,6 @@ class LiT(Mixer):
         if c.kernel % 2 == 0:
             raise InputError(f"lit: kernel: {c.kernel} has no middle; use {c.kernel + 1}")
         self.joined = H // self.heads
-        self.signed = c.normaliser == "inline"
         self.map_q = FeatureMap(c.feature_map, self.heads, shape.key_dim * self.joined)
         self.map_k = FeatureMap(c.feature_map, self.heads, shape.key_dim * self.joined)
         self.filter_HVYX = nn.Parameter(torch.zeros(H, V, c.kernel, c.kernel))
