@@ -442,7 +442,19 @@ def merge(model: str | Path, output_dir: str | Path) -> Saved:
     files.read_adapter(model)
     loaded = models.load_converted(model)
     fold(loaded.model)
-    return Saved(files.save(loaded.model, output_dir, loaded.processor), "full checkpoint")
+    return Saved(_carried(loaded, files.save(loaded.model, output_dir, loaded.processor)), "full checkpoint")
+
+
+def _carried(loaded: Any, folder: Path) -> Path:
+    """`folder`, with the files that belong to the model and that saving it does not write."""
+    from linearize import models, tasks
+    from linearize.plan import Plan
+    from linearize.surgery import files
+
+    home = models.home(loaded.model, loaded.source)
+    task = tasks.of(loaded.task)(Plan(), loaded.model, loaded.processor, home)
+    files.carry(home, folder, task.carried)
+    return folder
 
 
 def export(model: str | Path, output_dir: str | Path, *, form: str = "safetensors") -> Saved:
@@ -456,7 +468,7 @@ def export(model: str | Path, output_dir: str | Path, *, form: str = "safetensor
 
     loaded = models.load_converted(model)
     fold(loaded.model)
-    return Saved(write(loaded.model, output_dir, form, loaded.processor), form)
+    return Saved(_carried(loaded, write(loaded.model, output_dir, form, loaded.processor)), form)
 
 
 def report(model: str | Path | None = None, *, update_readme: bool = False, check: bool = False) -> Reported:

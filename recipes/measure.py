@@ -25,8 +25,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", help="its name, as in `linearize list recipes`")
     parser.add_argument("--model", help="folder, GGUF file or hub id; none: the recipe's")
-    parser.add_argument("--data", help="text to train on; none: the recipe's, else the teacher writes it")
-    parser.add_argument("--eval", help="text the table is measured on; none: held-out text of the teacher")
+    parser.add_argument("--data", help="what to train on; none: the recipe's, else (text) the teacher writes it")
+    parser.add_argument("--eval", help="what the table is measured on; none: a held-out part of the data")
+    parser.add_argument("--pairs", help="scored pairs of sentences; none: no Spearman correlation")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--set", nargs="*", default=[], help="further recipe keys")
     parser.add_argument("--first", nargs="*", default=[], help="further keys for the first seed alone: dear baselines")
@@ -42,7 +43,7 @@ def main() -> None:
         if (folder / "report.json").is_file():
             reports.append(schema.read(folder, schema.Report))
             continue
-        sources = {"data.source": arguments.data, "eval.source": arguments.eval}
+        sources = {"data.source": arguments.data, "eval.source": arguments.eval, "eval.pairs": arguments.pairs}
         settings = [f"seed={seed}", *arguments.set, *(f"{key}={file}" for key, file in sources.items() if file)]
         settings += arguments.first if seed == arguments.seeds[0] else []
         converted = api.convert(
