@@ -89,7 +89,8 @@ def outputs(model: Any, batch: Mapping[str, Tensor], pool: Pool | None = None, p
         features = hidden[:, 0] if prefix else hidden.mean(1)
     if mask is None:
         real[:, :prefix] = False
-    return Outputs(getattr(out, "logits", None), features, hidden, real)
+    logits = getattr(out, "logits", None)  # of tokens or pixels (masked models): no classes of the example
+    return Outputs(logits if logits is not None and logits.ndim == 2 else None, features, hidden, real)
 
 
 def measure(
