@@ -236,6 +236,8 @@ def carry(origin: Path | None, folder: Path, names: Sequence[str]) -> None:
     """Copy what there is of `names` (files, folders) from the folder a model came from."""
     for name in names if origin is not None else ():
         assert origin is not None
+        if ".." in Path(name).parts or Path(name).is_absolute():
+            raise InputError(f"modules.json of {origin} names {name}, outside of its folder: mend it")
         for file in [origin / name] if (origin / name).is_file() else sorted((origin / name).rglob("*")):
             if file.is_file():
                 write_atomic(folder / file.relative_to(origin), file.read_bytes())

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from linearize.data.examples import Examples
-from linearize.data.images import Images, Processing, Tower, read_images
+from linearize.data.images import Images, Processing, Tower, interpolates, read_images
 from linearize.data.labels import has_head
 from linearize.evaluate.diagnostics import dense_maps
 from linearize.evaluate.quality import WINDOW
@@ -59,6 +59,11 @@ class Image(Task):
     def read(self, given: Any, work: Path | None, say: Say) -> Images:
         data = self.plan.data
         source = data.source if given is None else given
+        if getattr(self.config, "mask_ratio", 0):
+            raise InputError(
+                f"config.mask_ratio: {self.config.mask_ratio} of the patches are hidden at random, so that no two "
+                "forwards can be compared: load the model with mask_ratio 0"
+            )
         if isinstance(source, Images):
             found = source
         elif isinstance(source, Examples):
@@ -95,7 +100,12 @@ class Image(Task):
             return None
         kept = load((folder / HELD_OUT).read_bytes())
         tower = Tower.of(self.config)
-        images = Images(kept["pixels"], kept.get("labels"), Processing.of(tower.channels, self.processor), tower)
+        pixels = kept["pixels"]
+        size = (pixels.shape[2], pixels.shape[3])
+        images = Images(
+            pixels, kept.get("labels"), Processing.of(tower.channels, self.processor), tower,
+            interpolate=bool(interpolates(self.config, size)),
+        )  # fmt: skip
         return self._pictures(images.take(0, self.plan.eval.limit))
 
     def _pictures(self, images: Images) -> Pictures:

@@ -42,7 +42,8 @@ class Texts(Compared[Sentences]):
         super().__init__(data, plan, pool, words)
         self.pairs = pairs
         self.notes = (*data.notes, *(pool.notes if isinstance(pool, Pooling) else ()))
-        self.passages = bool(plan.eval.minimum)
+        own = not (plan.eval.source or plan.data.valid)
+        self.passages = bool(plan.eval.minimum or (own and plan.data.minimum))
 
     @property
     def wanted(self) -> torch.Tensor | None:
@@ -148,6 +149,8 @@ class Sentence(Task):
         words = f"{name}: {len(data)} texts of at most {data.length} tokens"
         pairs = None
         if plan.eval.pairs:
+            if self.processor is None:
+                raise InputError("eval.pairs: texts need the model's tokenizer: pass it, convert(..., tokenizer=...)")
             read = read_pairs(plan.eval.pairs)
             pairs = (read, sentences(read.texts, self.processor, self.config))
             words += f"; Spearman on {len(read)} pairs of {Path(plan.eval.pairs).name}"
