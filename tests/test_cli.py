@@ -85,7 +85,7 @@ def test_exit_codes_from_outside():
 )
 def test_mistakes_have_their_exit_code_and_one_line(run, tmp_path, monkeypatch, arguments, code, said):
     forms = {
-        "encoder": "{model: {form: {model_type: bert, num_hidden_layers: 1, is_decoder: false}}, method: {mixer: {window: 8, sinks: 4}}}",
+        "encoder": "{model: {form: {model_type: bert, num_hidden_layers: 1}}, method: {mixer: {window: 8, sinks: 4}}}",
         "sides": "{model: {form: {model_type: t5}}}",
         "short": "{model: {form: {model_type: llama, num_hidden_layers: 1}}, method: {target_length: 16}}",
     }
