@@ -37,6 +37,16 @@ SETTINGS = {
         {"decay": "gated", "share": "kv"},
         {"decay": "gated", "window": 4, "sinks": 2, "rope": "undo"},
     ],
+    "lawcat": [
+        {"half_life": 3},
+        {"half_life": 3, "per": "head", "share": "kv", "tie": False},
+        {"half_life": 3, "gate": "constant", "rope": "keep", "conv": 2, "features": 5},
+        {"gate": "open", "conv": 1},
+        {"half_life": 3, "window": 4},
+        {"half_life": 3, "sinks": 2, "rank": 3},
+        {"half_life": 3, "window": 4, "sinks": 2, "share": "kv", "tie": False},
+        {"half_life": 3, "window": 9, "combine": "lolcats", "conv": 1, "feature_map": "exp"},
+    ],
     "window": [{"window": 5, "sinks": 0}, {"window": 1, "sinks": 3}],
 }
 #: settings on bidirectional layers
@@ -49,6 +59,12 @@ BIDIRECTIONAL_SETTINGS = {
         {"window": 4, "combine": "lolcats", "share": "kv"},
         {"window": 1, "rope": "undo", "feature_map": "exp"},
         {"window": 50},
+    ],
+    "lawcat": [
+        {},
+        {"half_life": 3, "share": "kv", "tie": False},
+        {"half_life": 3, "per": "head", "rope": "keep", "conv": 1},
+        {"half_life": 3, "window": 4, "features": 5},
     ],
     "window": [{"window": 5, "sinks": 0}, {"window": 1, "sinks": 0}],
     "none": [{}],

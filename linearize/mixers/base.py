@@ -40,6 +40,8 @@ class Mixer(nn.Module, ABC):
     needs: ClassVar[frozenset[str]] = frozenset()
     refuses: ClassVar[Mapping[str, str]] = {}
     recurrent: bool = False
+    #: whether its bidirectional form tells tokens apart by their order alone
+    ordered: ClassVar[bool] = False
     Config: ClassVar[type[MixerConfig]] = MixerConfig
     #: names of the branches that `Surgery.ablate` can switch off; `off` is the one that is off now
     branches: tuple[str, ...] = ()

@@ -406,7 +406,9 @@ class HybridConfig(LocalConfig):
     features: int | None = Field(default=None, ge=1, description="columns of W; None: the head's key dim")
     tie: bool = Field(default=False, description="one map for q and k")
     share: Literal["query", "kv"] = Field(default="query", description="key maps per query head or per kv head")
-    rope: Literal["keep", "undo"] = Field(default="keep", description="rotate the linear branch's q and k?")
+    rope: Literal["keep", "undo", "auto"] = Field(
+        default="keep", description="rotate the linear branch's q and k? auto: undone in families that do"
+    )
     combine: Literal["lse", "lolcats"] = "lse"
     eps: float = Field(default=1e-12, gt=0)
 
@@ -506,7 +508,7 @@ class Hybrid(RecurrentMixer):
 
     @property
     def needs_rotary(self) -> bool:
-        return self.config.rope == "undo"
+        return self.config.rope != "keep"
 
     @property
     def _kept(self) -> int:

@@ -4,6 +4,8 @@ planned for."""
 from __future__ import annotations
 
 import inspect
+import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -68,7 +70,7 @@ def probe(model: nn.Module, ports: Sequence[Port], run: Callable[[nn.Module], An
             _check_scores(port)
             _check_grid(port, model.get_submodule(f"{port.site.name}.{CHILD}"))
             if port.wants_plain:
-                _check_rotary(port)
+                _check_rotary(port, model.get_submodule(f"{port.site.name}.{CHILD}"))
     finally:
         for port in ports:
             port.mode, port.wants_plain = "student", False
@@ -112,11 +114,18 @@ def _check_grid(port: Port, mixer: Any) -> None:
     port.prefix = layout.prefix if layout else None
 
 
-def _check_rotary(port: Port) -> None:
+def _check_rotary(port: Port, mixer: Any) -> None:
     """Does undoing the rotation give back what the family had before it? Exact on most; layers without RoPE skip it."""
     q, k, _, rotary = port.seen[0][:4]
     if rotary is None or not port.plain:
-        raise Unsupported(f"{port.site.name}: rope: undo has nothing to undo, this family has no rotary embedding")
+        rope = getattr(mixer.config, "rope", "undo")
+        if rope == "auto" and _speaks_of_no_rotation(port.cls):
+            port.rotates = False
+            return
+        raise Unsupported(
+            f"{port.site.name}: rope: {rope} has nothing to undo, no rotary embedding of this family is known; "
+            "use rope: keep"
+        )
     q_plain, k_plain = port.plain
     if torch.equal(q, q_plain) and torch.equal(k, k_plain):
         port.rotates = False  # a NoPE layer: there is nothing to undo, and q, k are already plain
@@ -129,6 +138,15 @@ def _check_rotary(port: Port) -> None:
         f"{port.site.name}: this family's rotary embedding cannot be undone (it permutes channels or rotates a part of "
         "its own); use rope: keep"
     )
+
+
+def _speaks_of_no_rotation(cls: type[nn.Module]) -> bool:
+    """Whether the family's own file has no word of rotary embeddings."""
+    try:
+        text = inspect.getsource(sys.modules[cls.__module__])
+    except (OSError, TypeError):
+        return False
+    return re.search(r"rotary|\brope\b|rope_|_rope", text, re.IGNORECASE) is None
 
 
 def _undoes(rotary: Rotary, x: Tensor, plain: Tensor) -> bool:

@@ -67,14 +67,25 @@ class Case:
 
 @dataclass(frozen=True)
 class Inputs:
-    """q_BHTK, k_BGTK, v_BGTV and the context of one attention call."""
+    """q_BHTK, k_BGTK, v_BGTV and the context of one attention call; hidden_BTD is always in it."""
 
     q: Tensor
     k: Tensor
     v: Tensor
     ctx: Context
 
-    def take(self, columns: slice, rows: slice = slice(None)) -> Inputs:
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What an answer may depend on."""
+        assert self.ctx.hidden_BTD is not None
+        return [self.q, self.k, self.v, self.ctx.hidden_BTD]
+
+    def having(self, tensors: Sequence[Tensor]) -> Inputs:
+        """The same call with other `tensors`."""
+        q, k, v, hidden = tensors
+        return Inputs(q, k, v, replace(self.ctx, hidden_BTD=hidden))
+
+    def take(self, columns: slice, rows: slice | Tensor = slice(None)) -> Inputs:
         """The call with only these tokens (and rows of the batch)."""
 
         def cut(x: Tensor | None) -> Tensor | None:
@@ -83,13 +94,13 @@ class Inputs:
         rotary = self.ctx.rotary
         if rotary is not None:
             rotary = replace(rotary, cos=rotary.cos[rows, columns], sin=rotary.sin[rows, columns])
-        ctx = replace(self.ctx, valid_BT=cut(self.ctx.valid_BT), segments_BT=cut(self.ctx.segments_BT), rotary=rotary)
+        names = ("valid_BT", "segments_BT", "hidden_BTD")
+        ctx = replace(self.ctx, rotary=rotary, **{name: cut(getattr(self.ctx, name)) for name in names})
         return Inputs(self.q[rows, :, columns], self.k[rows, :, columns], self.v[rows, :, columns], ctx)
 
     def leaves(self) -> Inputs:
         """The same numbers, collecting gradients of their own."""
-        q, k, v = (x.detach().clone().requires_grad_() for x in (self.q, self.k, self.v))
-        return Inputs(q, k, v, self.ctx)
+        return self.having([x.detach().clone().requires_grad_() for x in self.tensors])
 
     def to(self, dtype: torch.dtype) -> Inputs:
         return Inputs(self.q.to(dtype), self.k.to(dtype), self.v.to(dtype), self.ctx)
@@ -106,14 +117,11 @@ def draw(shape: SiteShape, tokens: int, batch: int = 2, seed: int = 1, dtype: to
     rates = 10000 ** -(torch.arange(shape.key_dim // 2) / (shape.key_dim // 2))
     angle = (torch.arange(tokens)[:, None] * rates).repeat(1, 2).expand(batch, -1, -1)
     rotary = Rotary(1.2 * angle.cos(), 1.2 * angle.sin(), _rotate, shape.key_dim)
-    return Inputs(
-        normal(shape.heads, shape.key_dim, 1.7),
-        normal(shape.kv_heads, shape.key_dim, 1.7),
-        normal(shape.kv_heads, shape.value_dim, 1.0),
-        replace(
-            Context(causal=shape.causal, scale=shape.scale, rotary=rotary), **(_patches(tokens) if shape.image else {})
-        ),
-    )
+    q = normal(shape.heads, shape.key_dim, 1.7)
+    k, v = normal(shape.kv_heads, shape.key_dim, 1.7), normal(shape.kv_heads, shape.value_dim, 1.0)
+    hidden = normal(1, shape.width, 1.0)[:, 0]
+    ctx = Context(causal=shape.causal, scale=shape.scale, rotary=rotary, hidden_BTD=hidden)
+    return Inputs(q, k, v, replace(ctx, **(_patches(tokens) if shape.image else {})))
 
 
 def _patches(tokens: int) -> dict[str, Any]:
@@ -215,7 +223,7 @@ def fast_equals_dense(case: Case) -> None:
         for off in (None, *mixer.branches):
             mixer.off = off
             inputs = drawn.leaves()
-            wrt = [inputs.q, inputs.k, inputs.v, *mixer.parameters()]
+            wrt = [*inputs.tensors, *mixer.parameters()]
             fast, dense = call(mixer, inputs), from_dense(mixer, inputs)
             label = f"{what}, {off or 'all branches'}"
             assert bool(fast.isfinite().all()), f"{label}: padding makes NaN or inf"
@@ -246,9 +254,9 @@ def causal(case: Case) -> None:
     mixer, inputs = case.mixer(), draw(case.shape, 70)
     before = call(mixer, inputs)
     for t in (1, 33, 69):
-        other = Inputs(*(x.clone() for x in (inputs.q, inputs.k, inputs.v)), inputs.ctx)
-        for x in (other.q, other.k, other.v):
-            x[:, :, t] += 1.0
+        other = inputs.having([x.clone() for x in inputs.tensors])
+        for x in other.tensors:
+            x.select(-2, t).add_(1.0)
         after = call(mixer, other)
         assert torch.equal(after[:, :, :t], before[:, :, :t]), f"token {t} changes the past"
         assert not torch.equal(after[:, :, t:], before[:, :, t:]), f"token {t} changes nothing"
@@ -258,15 +266,14 @@ def permutation_equivariant(case: Case) -> None:
     """A bidirectional method that needs no grid does not know the order of its tokens; with a window it knows distances
     alone, so that a sequence may be turned round."""
     mixer, inputs = case.mixer(), draw(case.shape, 20)
-    if mixer.needs_grid:
+    if mixer.needs_grid or mixer.ordered:
         return
     order = torch.randperm(20, generator=torch.Generator().manual_seed(3))
     if getattr(mixer.config, "window", 0):
         order = torch.arange(20).flip(0)
-    ctx = replace(inputs.ctx, rotary=None)
-    shuffled = Inputs(inputs.q[:, :, order], inputs.k[:, :, order], inputs.v[:, :, order], ctx)
-    expected = call(mixer, replace(inputs, ctx=ctx))[:, :, order]
-    close(call(mixer, shuffled), expected, 1e-9, "shuffled tokens")
+    inputs = replace(inputs, ctx=replace(inputs.ctx, rotary=None))
+    shuffled = inputs.having([x.index_select(-2, order) for x in inputs.tensors])
+    close(call(mixer, shuffled), call(mixer, inputs)[:, :, order], 1e-9, "shuffled tokens")
 
 
 def padding_is_invisible(case: Case) -> None:
@@ -280,10 +287,11 @@ def padding_is_invisible(case: Case) -> None:
     for what in ("left padding", "padding inside"):
         if (padded := structures.get(what)) is None:
             continue
-        hidden = ~padded.ctx.valid_BT[:, None, :, None] if padded.ctx.valid_BT is not None else None
-        assert hidden is not None
-        filled = [x.masked_fill(hidden, 50.0) for x in (padded.q, padded.k, padded.v)]
-        other = Inputs(*filled, padded.ctx)
+        assert padded.ctx.valid_BT is not None
+        hidden_BT1 = ~padded.ctx.valid_BT[..., None]
+        other = padded.having(
+            [x.masked_fill(hidden_BT1 if x.ndim == 3 else hidden_BT1[:, None], 50.0) for x in padded.tensors]
+        )
         close(at_real(call(mixer, other), other), at_real(call(mixer, padded), padded), 1e-12, f"filled {what}")
 
 
@@ -303,8 +311,8 @@ def packed_equals_alone(case: Case) -> None:
         apart = torch.cat([call(mixer, alone.take(span)) for span in spans], 2)
         close(together, apart, 1e-9, f"packed at {borders}")
         parameters = list(mixer.parameters())
-        found = gradients(together, [packed.q, packed.k, packed.v, *parameters])
-        expected = gradients(apart, [alone.q, alone.k, alone.v, *parameters])
+        found = gradients(together, [*packed.tensors, *parameters])
+        expected = gradients(apart, [*alone.tensors, *parameters])
         for i, (g, e) in enumerate(zip(found, expected)):
             close(g, e, 1e-9, f"gradient {i}, packed at {borders}")
 
@@ -321,7 +329,7 @@ def grouped_equals_repeated(case: Case) -> None:
     with torch.no_grad():
         for target, source in zip(repeated.parameters(), grouped.parameters()):
             target.copy_(source if source.shape[0] == target.shape[0] else source.repeat_interleave(group, 0))
-    wide = Inputs(inputs.q, inputs.k.repeat_interleave(group, 1), inputs.v.repeat_interleave(group, 1), inputs.ctx)
+    wide = replace(inputs, k=inputs.k.repeat_interleave(group, 1), v=inputs.v.repeat_interleave(group, 1))
     close(call(grouped, inputs), call(repeated, wide), 1e-9, "grouped against repeated heads")
 
 
@@ -391,7 +399,7 @@ def chunked_equals_parallel(case: Case) -> None:
     """Any split of a (left-padded) batch into calls: the same outputs, final state and gradients as in one go."""
     mixer = case.recurrent()
     inputs = contexts(draw(case.shape, 130))["left padding"].leaves()
-    wrt = [inputs.q, inputs.k, inputs.v, *mixer.parameters()]
+    wrt = [*inputs.tensors, *mixer.parameters()]
     whole = at_real(call(mixer, inputs), inputs)
     expected = gradients(whole, wrt)
     _, final = _advance(mixer, inputs, (130,))
@@ -445,11 +453,9 @@ def state_rows_are_apart(case: Case) -> None:
         expected = call(mixer, inputs)[rows, :, 20:]
         _, state = _advance(mixer, inputs.take(slice(0, 20)), (20,))
         rest = inputs.take(slice(20, None))
-        rotary = rest.ctx.rotary
-        assert rotary is not None
-        ctx = replace(rest.ctx, rotary=replace(rotary, cos=rotary.cos[rows], sin=rotary.sin[rows]))
+        rest = rest.take(slice(None), rows)
         picked = tuple(t.index_select(0, rows) for t in state)
-        out, _ = mixer.chunked(rest.q[rows], rest.k[rows], rest.v[rows], ctx, picked)
+        out, _ = mixer.chunked(rest.q, rest.k, rest.v, rest.ctx, picked)
     close(out, expected, 1e-9, "reordered rows")
 
 
