@@ -38,14 +38,16 @@ def defaults(task: str) -> dict[str, Any]:
 
 
 def locate(name: str | Path) -> Path:
-    """The file of a recipe given by path or by name (`hedgehog/demo`, or `demo` where only one is called so)."""
+    """The file of a recipe given by path or by name: `hedgehog/demo`, or `demo` where only one is called so, or one is
+    the default method's."""
     path, text = Path(name), str(name)
     if path.suffix in (".yaml", ".yml") or path.is_file():
         if not path.is_file():
             raise InputError(f"no recipe file {path}; built-in ones: linearize list recipes")
         return path
     known = recipes()
-    hits = [n for n in known if n == text] or [n for n in known if n.split("/", 1)[1] == text]
+    own = f"{load(folder() / 'defaults.yaml')['method']['name']}/{text}"
+    hits = [n for n in known if n in (text, own)] or [n for n in known if n.split("/", 1)[1] == text]
     if len(hits) == 1:
         return folder() / f"{hits[0]}.yaml"
     if hits:

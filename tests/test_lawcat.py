@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -102,6 +103,16 @@ def test_gates_start_at_their_half_life(settings, half_life):
         close((gates * half_life).exp(), torch.full_like(gates, 0.5), tolerance)
     if half_life == 16:  # the paper's start: a bias of 0
         close(mixer.gate_bias_JF, torch.zeros_like(mixer.gate_bias_JF))
+
+
+@pytest.mark.parametrize("per", ["feature", "head"])
+def test_gates_can_start_at_a_span_of_half_lives(per):
+    mixer = built(half_life=(4, 256), per=per, gate="constant", conv=1)
+    gates = mixer.log_gates(draw(SHAPE, 5).ctx, torch.zeros(1, 4, 5, 8, dtype=torch.float64))[0, :, 0]
+    lives = -math.log(2) / (gates[0, :8] if per == "feature" else gates[:, 0])
+    close(lives, 2.0 ** torch.linspace(2, 8, len(lives)), 1e-5)
+    if per == "feature":  # both halves of a split map, in each head
+        close(gates, gates[0, :8].repeat(4, 2))
 
 
 def test_what_the_convolutions_keep_is_not_rotated():

@@ -7,12 +7,16 @@ from linearize.plan import Plan
 from linearize.recipe import folder, parse_override, recipe_for, recipes
 from linearize.types import InputError
 
-PAPERS = ["llama-2-7b", "gpt2", "lolcats-llama-3-8b", "lolcats-mistral-7b"]
-OURS = ["demo", "stories15m", "stories15m-window", "stories260k", "smollm2-135m"]
+PAPERS = [
+    *("hedgehog/llama-2-7b", "hedgehog/gpt2", "hedgehog/lolcats-llama-3-8b", "hedgehog/lolcats-mistral-7b"),
+    *("lawcat/mistral-7b", "lawcat/llama-3.2-1b"),
+]
+OURS = [f"hedgehog/{name}" for name in ("demo", "stories15m", "stories15m-window", "stories260k", "smollm2-135m")]
+OURS += ["lawcat/stories15m"]
 
 
 def test_these_are_there():
-    assert set(recipes()) >= {f"hedgehog/{name}" for name in PAPERS + OURS}
+    assert set(recipes()) >= {*PAPERS, *OURS}
     assert (folder() / "LOG.md").is_file()
 
 
@@ -40,9 +44,9 @@ def test_recipe_holds_only_what_differs(name):
 
 @pytest.mark.parametrize("name", PAPERS)
 def test_papers_recipes_quote_their_numbers(name):
-    plan = Plan.read(f"hedgehog/{name}")
+    plan = Plan.read(name)
     assert plan.measured == "not here" and "arXiv" in plan.published["source"]
-    keys = list(yaml.safe_load((folder() / "hedgehog" / f"{name}.yaml").read_text()))
+    keys = list(yaml.safe_load((folder() / f"{name}.yaml").read_text()))
     assert keys[-2:] == ["published", "measured"]
     assert plan.model.form and plan.model.id
 
@@ -51,6 +55,9 @@ def test_a_recipe_is_found_by_short_name_and_by_form():
     assert Plan.read("gpt2") == Plan.read("hedgehog/gpt2")
     form = Plan.read("stories15m").model.form
     assert recipe_for(form) == "hedgehog/stories15m"
+    assert recipe_for(form, "lawcat") == "lawcat/stories15m"
+    assert Plan.read("stories15m") == Plan.read("hedgehog/stories15m"), "a short name is the default method's first"
+    assert Plan.read("mistral-7b") == Plan.read("lawcat/mistral-7b")
     assert recipe_for({**form, "hidden_size": 1}) is None
     assert recipe_for(form, "window") is None
     assert recipe_for(Plan.read("gpt2").model.form) is None  # a paper's experiment is never taken unasked

@@ -15,7 +15,7 @@ and the maps; convolutions start at the identity; options "kv" (a state per key/
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,7 @@ from linearize.types import Context, Cost, SiteShape, State, StateSpec, Unsuppor
 
 #: the paper's divisor of logsigmoid, which keeps gates near 1
 _SLOW = 16
+HalfLife = Annotated[float, Field(gt=0)]
 
 
 class Lawcat(Hybrid):
@@ -46,8 +47,10 @@ class Lawcat(Hybrid):
         gate: Literal["hidden", "constant", "open"] = Field(default="hidden", description="what the gates depend on")
         per: Literal["feature", "head"] = Field(default="feature", description="a gate for each feature or each head")
         rank: int = Field(default=16, ge=1, description="inner width of the gates' map")
-        half_life: float = Field(
-            default=2048, gt=0, description="tokens until half is forgotten, at the start; the paper's start: 16"
+        half_life: HalfLife | tuple[HalfLife, HalfLife] = Field(
+            default=2048,
+            description="tokens until half is forgotten, at the start; the paper: 16. Two: a span over the features, or "
+            "heads, even in logarithm",
         )
 
     def __init__(self, shape: SiteShape, config: Config) -> None:
@@ -58,12 +61,19 @@ class Lawcat(Hybrid):
             self.conv_q_HKC, self.conv_k_JKC = (nn.Parameter(_last_tap(n, K, self.taps)) for n in (H, J))
         gates = 1 if config.per == "head" else self.map_q.features
         if self.gating != "open":
-            # logsigmoid(b) / 16 = -log 2 / half-life
-            kept = -_SLOW * math.log(2) / config.half_life
-            self.gate_bias_JF = nn.Parameter(torch.full((J, gates), kept - math.log(-math.expm1(kept))))
+            self.gate_bias_JF = nn.Parameter(self._start(config.half_life, J, gates))
         if self.gating == "hidden":
             self.gate_down_JDR = nn.Parameter(_waves(J, shape.width, config.rank))
             self.gate_up_JRF = nn.Parameter(0.01 * _waves(J, config.rank, gates))
+
+    def _start(self, half_life: float | tuple[float, float], heads: int, gates: int) -> Tensor:
+        """The bias [heads, gates] of which logsigmoid(b) / 16 = -log 2 / half-life."""
+        low, high = half_life if isinstance(half_life, tuple) else (half_life, half_life)
+        columns = heads if gates == 1 else self.map_q.columns  # the halves of a split map share theirs
+        lives = torch.linspace(math.log(low), math.log(high), columns, dtype=torch.float64).exp()
+        kept = -_SLOW * math.log(2) / lives
+        bias = (kept - (-kept.expm1()).log()).float()
+        return bias[:, None] if gates == 1 else bias.repeat(heads, gates // columns)
 
     # -------------------------------------------------------------------------------------------- the function
     def both(
