@@ -49,7 +49,7 @@ class Lawcat(Hybrid):
         rank: int = Field(default=16, ge=1, description="inner width of the gates' map")
         half_life: HalfLife | tuple[HalfLife, HalfLife] = Field(
             default=2048,
-            description="tokens until half is forgotten, at the start; the paper: 16. Two: a span over the features, or "
+            description="tokens until half is forgotten, at the start; the paper: 16. Two: a span over features, or "
             "heads, even in logarithm",
         )
 
