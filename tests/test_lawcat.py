@@ -10,6 +10,7 @@ import torch
 
 import linearize
 from linearize.mixers import base as mixers
+from linearize.stages.export import export
 from linearize.surgery.port import CHILD
 from linearize.testing.laws import BIDIRECTIONAL, SHAPE, Case, _advance, _same_state, call, draw
 from linearize.testing.pico import pico
@@ -155,3 +156,14 @@ def test_two_conversions_start_alike():
     torch.manual_seed(123)
     linearize.attach(second, None, "lawcat")
     assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings, every", [({}, 1), ({"window": 8, "sinks": 2, "per": "head"}, 2)], ids=str)
+def test_torch_export(settings, every, tmp_path):
+    model = pico("llama", num_hidden_layers=2, max_position_embeddings=256)
+    linearize.attach(model, linearize.find(model)[::every], "lawcat", {"half_life": 8, **settings})
+    export(model, tmp_path / "x", "torch.export")
+    program = torch.export.load(tmp_path / "x" / "model.pt2").module()
+    ids = torch.randint(3, 97, (3, 100))
+    torch.testing.assert_close(program(ids, torch.ones_like(ids)), model(ids).logits, rtol=0, atol=1e-5)

@@ -173,7 +173,8 @@ class _Pairs(torch.autograd.Function):
 
 def _pair(x_CF: Tensor, half: int) -> tuple[Tensor, ...]:
     """The early and the late halves [.., pairs, half, F] of each pair of blocks: views."""
-    return x_CF.unflatten(-2, (-1, 2, half)).unbind(-3)
+    pairs = x_CF.unflatten(-2, (-1, 2, half))
+    return pairs[..., 0, :, :], pairs[..., 1, :, :]
 
 
 def _cross(x_CC: Tensor, half: int) -> Tensor:
