@@ -80,7 +80,13 @@ IMAGE_SETTINGS = {
         {"heads": 2, "normaliser": "inline", "kernel": 1},
         {"heads": 1, "normaliser": "inline", "norm": "instance", "feature_map": "elu", "kernel": 7},
     ],
-    "hedgehog": [{}],
+    "hedgehog": [
+        {},
+        {"radius": 3},
+        {"radius": 2, "combine": "lolcats", "share": "kv"},
+        {"radius": 1, "rope": "undo", "feature_map": "exp"},
+        {"radius": 50},
+    ],
 }
 CASES = [Case(name, settings) for name in CAUSAL for settings in [{}, *SETTINGS.get(name, [])]]
 CASES += [Case(name, settings, BIDIRECTIONAL) for name, rows in BIDIRECTIONAL_SETTINGS.items() for settings in rows]
@@ -120,6 +126,8 @@ def test_settings_name_only_methods():
         ("window", {"window": 40, "sinks": 0}, BIDIRECTIONAL),
         ("hedgehog", {"window": 40}, BIDIRECTIONAL),
         ("hedgehog", {"window": 40, "combine": "lolcats"}, BIDIRECTIONAL),
+        ("hedgehog", {"radius": 9}, IMAGE),
+        ("hedgehog", {"radius": 9, "combine": "lolcats"}, IMAGE),
     ],
 )
 def test_a_window_that_sees_everything_is_softmax(method, settings, shape):
@@ -306,8 +314,16 @@ def test_a_causal_method_refuses_an_encoder(monkeypatch):
 def test_what_a_local_branch_refuses(method):
     with pytest.raises(Unsupported, match="sinks: 0"):
         mixers.build(method, BIDIRECTIONAL, {"window": 4, "sinks": 2})
-    with pytest.raises(Unsupported, match="window: 0"):
-        mixers.build(method, replace(BIDIRECTIONAL, image=True), {"window": 4, "sinks": 0})
+    with pytest.raises(Unsupported, match="window: 0" if method == "hedgehog" else "its like is the method clear"):
+        mixers.build(method, IMAGE, {"window": 4, "sinks": 0})
+
+
+def test_a_circle_is_of_patches():
+    for shape in (SHAPE, BIDIRECTIONAL):
+        with pytest.raises(Unsupported, match="radius: 0"):
+            mixers.build("hedgehog", shape, {"radius": 3})
+    with pytest.raises((InputError, Unsupported), match="window: 0"):
+        mixers.build("hedgehog", IMAGE, {"radius": 3, "window": 2})
 
 
 def test_a_tied_map_cannot_be_shared_by_groups():

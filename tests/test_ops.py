@@ -12,7 +12,7 @@ from linearize.ops import linear as linear_op
 from linearize.ops import local2d as local2d_op
 from linearize.ops import window as window_op
 from linearize.ops._dispatch import Implementation, choose
-from linearize.ops.bidirectional import bidirectional
+from linearize.ops.bidirectional import Circle, bidirectional
 from linearize.ops.gated_linear import gated_bidirectional, gated_linear, gated_weights
 from linearize.ops.linear import linear
 from linearize.ops.local2d import local2d, local2d_output, pairs
@@ -437,6 +437,18 @@ def test_local2d_equals_reference(impl, grid, radius, prefix, suffix, hide):
         tensors,
     )
     assert local2d_output(*tensors, **more).isfinite().all()
+
+
+@pytest.mark.parametrize("grid, radius, prefix, suffix", [*CIRCLES, ((40, 51), 3, 1, 0), ((70, 20), 18, 0, 0)], ids=str)
+@pytest.mark.parametrize("impl", _names(bidirectional_op))
+def test_outside_a_circle_equals_reference(impl, grid, radius, prefix, suffix):
+    (q, k, v), _ = _circle_inputs(grid, prefix, suffix, False)
+    circle = Circle(grid, radius, prefix, suffix)
+    implementations_agree(
+        lambda *x: bidirectional(*x, circle=circle, impl=impl),
+        lambda *x: bidirectional(*x, circle=circle, impl="reference"),
+        [q.exp(), k.exp(), v],
+    )
 
 
 def test_local2d_reference_gradcheck():

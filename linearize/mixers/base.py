@@ -167,7 +167,7 @@ class RecurrentMixer(Mixer):
 
 
 # ------------------------------------------------------------------------------------------- methods by name
-_NOT_METHODS = {"base", "parts"}
+_NOT_METHODS = {"base", "parts", "patches"}
 _GROUP = "linearize.mixers"
 
 

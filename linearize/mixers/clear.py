@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from linearize.mixers.base import Mixer, MixerConfig
-from linearize.mixers.parts import patch_grid, seen_in_circle
+from linearize.mixers.patches import patch_grid, seen_in_circle
 from linearize.ops.local2d import local2d_output, pairs
 from linearize.types import Context, Cost, StateSpec
 

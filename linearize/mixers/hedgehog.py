@@ -6,7 +6,8 @@ Zhang et al., "The Hedgehog & the Porcupine" (2402.04347); hybrid form of LoLCAT
 
 and in encoders the same with sums over all s. With `window: w` the last w tokens (in encoders: those less than w away
 on either side; and `sinks: n` first ones) are exact softmax and the sums run over all others. Where text and an image
-stand in one sequence, text rows and columns are exact softmax and the sums run over the image. With `decay` S and z
+stand in one sequence, text rows and columns are exact softmax and the sums run over the image. On images `radius: r`
+is the window: the patches less than r away (2412.16112), and all tokens that are no patches. With `decay` S and z
 fade on the way, each feature at its own rate: S_t = exp(g_t) S_{t-1} + .., g_t = -softplus(r + W_g k_t); "learned": r
 alone.
 Ours: decay (the paper's state keeps everything; the gates are GLA's, 2312.06635); sinks are kept out of the state; the
@@ -24,12 +25,14 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from linearize.mixers.parts import Branches, Hybrid, HybridConfig, beside_grid, text_softmax
+from linearize.mixers.parts import Branches, Hybrid, HybridConfig
+from linearize.mixers.patches import CircleBranch, beside_grid, seen_in_circle, text_softmax
 from linearize.ops._dispatch import compute_dtype
-from linearize.ops.bidirectional import bidirectional
+from linearize.ops.bidirectional import Circle, bidirectional, one_by_one
 from linearize.ops.gated_linear import gated_linear, gated_weights
 from linearize.ops.linear import linear
-from linearize.types import Context, Cost, SiteShape, State, StateSpec, Unsupported
+from linearize.ops.local2d import pairs
+from linearize.types import Context, Cost, InputError, SiteShape, State, StateSpec, Unsupported
 
 
 class Hedgehog(Hybrid):
@@ -46,11 +49,15 @@ class Hedgehog(Hybrid):
         half_lives: tuple[float, float] = Field(
             default=(4.0, 1024.0), description="tokens; where fading starts: the features' span, even in logarithm"
         )
+        radius: int = Field(default=0, ge=0, description="of a circle of patches: the window of images")
 
     config: Config
 
     def __init__(self, shape: SiteShape, config: Config) -> None:
         super().__init__(shape, config)
+        if config.radius and self.local:
+            raise InputError("hedgehog: radius takes the place of window and sinks: set window: 0 and sinks: 0")
+        self.circle = CircleBranch(config.radius, shape) if config.radius else None
         if config.decay == "none":
             return
         if not shape.causal:
@@ -61,6 +68,19 @@ class Hedgehog(Hybrid):
         self.rate_HF = nn.Parameter(rate_F.repeat(self.key_heads, 1))
         if config.decay == "gated":
             self.gate_HKF = nn.Parameter(torch.zeros(self.key_heads, shape.key_dim, self.map_q.features))
+
+    @property
+    def exact(self) -> bool:
+        return super().exact or self.config.radius > 0
+
+    @property
+    def needs_grid(self) -> bool:
+        return self.shape.joint or self.config.radius > 0
+
+    def masks(self, ctx: Context, like_BHTK: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        if not self.config.radius:
+            return super().masks(ctx, like_BHTK, rows)
+        return ctx.visible(like_BHTK, rows), seen_in_circle(ctx, like_BHTK, self.config.radius, rows)
 
     # -------------------------------------------------------------------------------------------- the function
     def both(
@@ -75,6 +95,9 @@ class Hedgehog(Hybrid):
             far, mass, _ = self._linear(q_lin, k_lin, v_BGTV, image_BT, ctx)
             mass = mass.masked_fill(text_T, 0)  # text has read everybody already
             return Branches(text_softmax(q_BHTK, k_BGTK, v_BGTV, ctx), far, mass), ()
+        if self.circle is not None:
+            far, mass, _ = self._linear(q_lin, k_lin, v_BGTV, ctx.valid_BT, ctx, circle=self.circle.circle(ctx))
+            return Branches(self.circle.two_sided(q_BHTK, k_BGTK, v_BGTV, ctx), far, mass), ()
         if self.local is None:
             far, mass, state = self._linear(
                 q_lin, k_lin, v_BGTV, ctx.valid_BT, ctx, state[:1], self._fading(k_lin, ctx)
@@ -104,8 +127,9 @@ class Hedgehog(Hybrid):
         state: State = (),
         fading: Tensor | None = None,
         gap: int = 0,
+        circle: Circle | None = None,
     ) -> tuple[Tensor, Tensor, State]:
-        """(output_BHTV, mass_BHT, new sums). gap, of bidirectional layers: nearer keys are the window's."""
+        """(output_BHTV, mass_BHT, new sums). gap and circle, of bidirectional layers: nearer keys are the window's."""
         phi_q, phi_k = self.map_q(q), self._map_keys(k)
         if valid_BT is not None:
             phi_k = phi_k * valid_BT[:, None, :, None]
@@ -117,12 +141,8 @@ class Hedgehog(Hybrid):
                 out = gated_linear(phi_q, phi_k, v, fading, state=sums, segments_BT=segments)
             state = (out.state,)
         else:
-            out = bidirectional(phi_q, phi_k, v, gap=gap, segments_BT=ctx.segments_BT)
+            out = bidirectional(phi_q, phi_k, v, gap=gap, circle=circle, segments_BT=ctx.segments_BT)
         return out.numerator / (out.normaliser + self.config.eps)[..., None], out.normaliser, state
-
-    @property
-    def needs_grid(self) -> bool:
-        return self.shape.joint
 
     def linear_alone(self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTV: Tensor, ctx: Context) -> Tensor:
         q_lin, k_lin = self._unrotated(q_BHTK, k_BGTK, ctx)
@@ -180,7 +200,12 @@ class Hedgehog(Hybrid):
         if self.config.decay == "gated":
             maps += 2 * s.key_dim * n * self.key_heads
         near = 2 * (w + self.config.sinks) * (s.key_dim + s.value_dim) * s.heads
-        if not s.causal:  # one product each way, or with a window a scan from either side
+        if radius := self.config.radius:  # a grid as square as it gets; far keys around a tile are read one by one
+            rows = max(1, math.isqrt(tokens))
+            seen = pairs((rows, tokens // rows), radius, tokens % rows) / tokens
+            near = 2 * seen * (s.key_dim + s.value_dim) * s.heads
+            inside = 2 * min(tokens, one_by_one(radius)) * (n + s.value_dim) * s.heads
+        elif not s.causal:  # one product each way, or with a window a scan from either side
             state, inside, near = (state, 0, 0) if not w else (2 * state, 2 * inside, 2 * near)
         moved = 4 * (2 * s.heads * s.key_dim + 2 * s.heads * s.value_dim)
         return Cost(float(tokens * (maps + state + inside + near)), float(tokens * moved))

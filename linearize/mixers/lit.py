@@ -20,7 +20,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from linearize.mixers.base import Mixer, MixerConfig
-from linearize.mixers.parts import FeatureMap, FeatureMapName, patch_grid
+from linearize.mixers.parts import FeatureMap, FeatureMapName
+from linearize.mixers.patches import patch_grid
 from linearize.ops._dispatch import compute_dtype
 from linearize.ops.bidirectional import bidirectional
 from linearize.types import Context, Cost, InputError, SiteShape, StateSpec

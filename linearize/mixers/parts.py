@@ -14,9 +14,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from linearize.mixers.base import MixerConfig, RecurrentMixer
+from linearize.mixers.patches import beside_grid
 from linearize.ops._dispatch import compute_dtype
-from linearize.ops._softmax import weigh
-from linearize.ops.local2d.reference import circle
 from linearize.ops.window import WindowOutput, window
 from linearize.types import Context, InputError, SiteShape, State, StateSpec, Unsupported
 
@@ -136,7 +135,8 @@ class LocalBranch:
             )
         if config.window and shape.image:
             raise Unsupported(
-                "window counts tokens along a line, which is no distance between patches of an image: set window: 0"
+                "window counts tokens along a line, which is no distance between patches of an image: set window: 0 "
+                "(hedgehog has radius for a circle of them)"
             )
 
     def state_spec(self, dtype: torch.dtype = torch.bfloat16) -> list[StateSpec]:
@@ -277,44 +277,6 @@ class LocalBranch:
         return out, torch.where(mass > 0, peak + filled.log(), -torch.inf), top
 
 
-def beside_grid(ctx: Context, like_BHTK: Tensor) -> Tensor:
-    """Which tokens are no patches of the grid: bool [T]. Raises InputError where the grid is not known."""
-    if ctx.grid is None:
-        raise InputError("joint attention needs the grid of the image, which nobody handed over")
-    T = like_BHTK.shape[2]
-    column = torch.arange(T, device=like_BHTK.device)
-    return (column < ctx.prefix) | (column >= T - ctx.suffix)
-
-
-def text_softmax(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTV: Tensor, ctx: Context) -> WindowOutput:
-    """The part of joint attention that stays softmax: what is beside the grid reads all tokens, the grid reads what is
-    beside it. CLEAR (2412.16112) section 3.2; linear in the grid. Output, log-sum-exp and maximum (-inf: sees nothing).
-    """
-    dtype, group = compute_dtype(q_BHTK, k_BGTK, v_BGTV), q_BHTK.shape[1] // k_BGTK.shape[1]
-    q, k, v = (x.to(dtype) for x in (q_BHTK, k_BGTK, v_BGTV))
-    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    first, last = ctx.prefix, q.shape[2] - ctx.suffix
-
-    def beside(x: Tensor) -> Tensor:
-        return torch.cat([x[..., :first, :], x[..., last:, :]], -2)
-
-    def softmax(q: Tensor, k: Tensor, v: Tensor, valid_BS: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        if k.shape[2] == 0:
-            nothing = q.new_full(q.shape[:3], -torch.inf)
-            return q.new_zeros(*q.shape[:3], v.shape[-1]), nothing, nothing
-        scores = q @ k.mT * ctx.scale
-        if valid_BS is not None:
-            scores = scores.masked_fill(~valid_BS[:, None, None], -torch.inf)
-        weights, filled, lse, top = weigh(scores)
-        return (weights @ v) / filled[..., None], lse, top
-
-    valid_BT = ctx.valid_BT
-    valid_text = None if valid_BT is None else beside(valid_BT[..., None])[..., 0]
-    image = softmax(q[:, :, first:last], beside(k), beside(v), valid_text)
-    text = softmax(beside(q), k, v, valid_BT)
-    return WindowOutput(*(torch.cat([t[:, :, :first], i, t[:, :, first:]], 2) for t, i in zip(text, image)))
-
-
 def local_mask(
     ctx: Context,
     like_BHTK: Tensor,
@@ -338,23 +300,6 @@ def local_mask(
         rank = (codes[:, :, None] == codes[:, None]).tril(-1).sum(-1)
         local = local | (rank < sinks)[:, None]
     return visible, visible & local
-
-
-def patch_grid(ctx: Context, method: str) -> tuple[int, int]:
-    """(rows, columns) of this call's patches. Raises InputError where it has none, or where one row of the batch holds
-    several images."""
-    if ctx.grid is None or len(ctx.grid) != 2:
-        raise InputError(f"{method}: this call has no grid of rows and columns: {ctx.grid}")
-    if ctx.segments_BT is not None:
-        raise InputError(f"{method}: several documents in one row of the batch have no grid: one image per row")
-    return ctx.grid[0], ctx.grid[1]
-
-
-def seen_in_circle(ctx: Context, like_BHTK: Tensor, radius: int, rows: slice = slice(None)) -> Tensor:
-    """Which keys the queries `rows` see in a circle of patches, bool [B, rows, T]: from the definition."""
-    grid = patch_grid(ctx, "a circle")
-    near_TT = circle(grid, radius, ctx.prefix, ctx.suffix, like_BHTK.device)
-    return ctx.visible(like_BHTK, rows) & near_TT[rows]
 
 
 class Combination(nn.Module):
@@ -442,9 +387,17 @@ class Hybrid(RecurrentMixer):
         # A tied map is registered once: safetensors refuses one tensor under two names.
         self.map_k = None if c.tie else FeatureMap(c.feature_map, self.key_heads, K, c.features)
         self.local = LocalBranch(c, shape) if c.window or c.sinks else None
-        both = self.local is not None or shape.joint
-        self.combine = Combination(c.combine, H, self.map_q.columns) if both else None
-        self.branches = ("window_off", "linear_off") if both else ()
+        self.combine = Combination(c.combine, H, self.map_q.columns) if self.exact else None
+        self.branches = ("window_off", "linear_off") if self.exact else ()
+
+    @property
+    def exact(self) -> bool:
+        """Whether a local branch stands beside the linear one."""
+        return self.local is not None or self.shape.joint
+
+    def masks(self, ctx: Context, like_BHTK: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        """(visible_BTT, local_BTT): the keys that the queries `rows` may see, and those that the local branch has."""
+        return local_mask(ctx, like_BHTK, self.config.window, self.config.sinks, rows, self.shape.joint)
 
     @abstractmethod
     def both(
@@ -483,8 +436,8 @@ class Hybrid(RecurrentMixer):
 
     def dense(self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTV: Tensor, ctx: Context, rows: slice = slice(None)) -> Tensor:
         c = self.config
-        visible_BTT, local_BTT = local_mask(ctx, q_BHTK, c.window, c.sinks, rows, self.shape.joint)
-        if self.combine is None or self.off == "window_off":
+        visible_BTT, local_BTT = self.masks(ctx, q_BHTK, rows)
+        if not self.exact or self.off == "window_off":
             weights = self.far_weights(q_BHTK, k_BGTK, ctx, visible_BTT, 0, rows)
             return weights / (weights.sum(-1, keepdim=True) + c.eps)
         far_BHTT = self.far_weights(q_BHTK, k_BGTK, ctx, visible_BTT & ~local_BTT, c.window, rows)

@@ -20,6 +20,9 @@ class Window(RecurrentMixer):
 
     paper = "https://arxiv.org/abs/2309.17453"
     kinds = frozenset({"causal", "bidirectional"})
+    refuses = dict.fromkeys(
+        ("ViT", "DiT"), "along the line of patches a window is no neighbourhood: on images its like is the method clear"
+    )
 
     class Config(LocalConfig):
         window: int = Field(default=64, ge=1)

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from linearize.ops.linear import linear
+from linearize.ops.local2d.torch import Tiles
+from linearize.types import InputError
 
 
-def bidirectional_torch(q_BHTF: Tensor, k_BJTF: Tensor, v_BGTV: Tensor, gap: int, segments_BT: Tensor | None) -> Tensor:
+def bidirectional_torch(
+    q_BHTF: Tensor, k_BJTF: Tensor, v_BGTV: Tensor, gap: int, circle: Any, segments_BT: Tensor | None
+) -> Tensor:
     """Same as bidirectional_reference. Two matrix products where everybody reads everybody; else one causal scan from
-    each side, so that a far sum is never a difference of two larger ones."""
+    each side, or sums of whole tiles, so that a far sum is never a difference of two larger ones."""
+    if circle is not None:
+        if gap or segments_BT is not None:
+            raise InputError("bidirectional: a circle of patches goes with neither a gap nor documents")
+        return _outside(q_BHTF, k_BJTF, v_BGTV, *circle)
     if gap == 0 and segments_BT is None:
         return _everybody(q_BHTF, k_BJTF, v_BGTV)
     left = _scan(q_BHTF, k_BJTF, v_BGTV, gap, segments_BT)
@@ -43,3 +53,54 @@ def _scan(q: Tensor, k: Tensor, v: Tensor, gap: int, segments_BT: Tensor | None)
     """The sum over s <= t - gap: causal attention over keys that arrive `gap` columns late."""
     out = linear(q, *late(k, v, gap, segments_BT), segments_BT=segments_BT)
     return torch.cat([out.numerator, out.normaliser[..., None]], -1)
+
+
+def _outside(
+    q_BHTF: Tensor, k_BJTF: Tensor, v_BGTV: Tensor, grid: tuple[int, int], radius: int, prefix: int, suffix: int
+) -> Tensor:
+    """Patches read those outside their circle: those of the tiles around theirs one by one, all others as sums over
+    whole tiles. Tokens that are no patches have no far keys and are none."""
+    H, T = q_BHTF.shape[1:3]
+    patches = slice(prefix, T - suffix)
+    q, k, v = (x[:, :, patches] for x in (q_BHTF, k_BJTF, v_BGTV))
+    k, v = k.repeat_interleave(H // k.shape[1], 1), v.repeat_interleave(H // v.shape[1], 1)
+    v = torch.cat([v, torch.ones_like(v[..., :1])], -1)
+    side, around = tile(radius)
+    tiles = Tiles(grid, around * side, q.device, side)
+    far_QS = ~tiles.near(radius)
+    sums = None
+    if tiles.down * tiles.across > 1:
+        pairs = zip(tiles.queries(k), tiles.queries(v), strict=True)
+        sums = _elsewhere(torch.stack([x.mT @ y for x, y in pairs], 2), around)
+    outs = []
+    for i, (q_i, k_i, v_i) in enumerate(zip(tiles.queries(q), tiles.keys(k), tiles.keys(v), strict=True)):
+        out = ((q_i @ k_i.mT) * far_QS) @ v_i
+        outs.append(out if sums is None else out + q_i @ sums[:, :, i])
+    return F.pad(tiles.together(outs), (0, 0, prefix, suffix))
+
+
+def tile(radius: int) -> tuple[int, int]:
+    """(side of a tile, how many tiles on each side of one its circles can touch)."""
+    side = min(max(radius - 1, 4), 16)
+    return side, -(-(radius - 1) // side)
+
+
+def _elsewhere(sums_BHyxFV: Tensor, around: int) -> Tensor:
+    """For each tile, the sum over all tiles more than `around` rows or columns of tiles away."""
+    rows, columns = sums_BHyxFV.shape[2:4]
+    whole = _beyond(sums_BHyxFV.sum(3), 2, around)[:, :, :, None]  # all of the rows above and below
+    padded = F.pad(sums_BHyxFV, (0, 0, 0, 0, 0, 0, around, around))
+    band = torch.stack([padded[:, :, i : i + rows] for i in range(2 * around + 1)]).sum(0)
+    return whole + _beyond(band, 3, around) if columns > 1 else whole
+
+
+def _beyond(x: Tensor, axis: int, around: int) -> Tensor:
+    """At i, the sum of x at all places along `axis` more than `around` from i."""
+    size = x.shape[axis]
+    if size <= around + 1:
+        return torch.zeros_like(x)
+    away = around + 1
+    none = torch.zeros_like(x.narrow(axis, 0, away))
+    before = x.cumsum(axis).narrow(axis, 0, size - away)
+    after = x.flip(axis).cumsum(axis).flip(axis).narrow(axis, away, size - away)
+    return torch.cat([none, before], axis) + torch.cat([after, none], axis)

@@ -103,12 +103,12 @@ def _blocks(
 
 class Tiles:
     """A grid cut into tiles of queries, each with the keys around it: at most `reach` rows or columns away. Where that
-    is no less than the whole grid, the grid is one tile."""
+    is no less than the whole grid, the grid is one tile and reach is 0."""
 
-    def __init__(self, grid: tuple[int, int], reach: int, device: torch.device) -> None:
+    def __init__(self, grid: tuple[int, int], reach: int, device: torch.device, side: int = TILE) -> None:
         self.rows, self.columns = grid
         reach = min(reach, max(grid) - 1)
-        self.height, self.width, self.reach, self.device = min(TILE, grid[0]), min(TILE, grid[1]), reach, device
+        self.height, self.width, self.reach, self.device = min(side, grid[0]), min(side, grid[1]), reach, device
         if (self.height + 2 * reach) * (self.width + 2 * reach) >= self.rows * self.columns:
             self.height, self.width, self.reach = self.rows, self.columns, 0
         self.down, self.across = -(-self.rows // self.height), -(-self.columns // self.width)
@@ -133,6 +133,12 @@ class Tiles:
 
     def seen(self, valid_BT: Tensor, radius: int) -> Iterator[Tensor]:
         """For each row of tiles, which of its keys are real and in the circle: bool [B, tiles, Q, S]."""
+        near_QS = self.near(radius)
+        for real in self.keys(valid_BT[:, None, :, None]):
+            yield real[:, 0, :, :, 0][:, :, None] & near_QS
+
+    def near(self, radius: int) -> Tensor:
+        """Which places around a tile are in each query's circle, wherever the tile is: bool [Q, S]."""
         n = self.reach
 
         def places(high: int, wide: int, off: int) -> tuple[Tensor, Tensor]:
@@ -140,9 +146,7 @@ class Tiles:
             return place // wide - off, place % wide - off
 
         (y, x), (v, u) = places(self.height, self.width, 0), places(self.height + 2 * n, self.width + 2 * n, n)
-        near_QS = (y[:, None] - v) ** 2 + (x[:, None] - u) ** 2 < radius**2
-        for real in self.keys(valid_BT[:, None, :, None]):
-            yield real[:, 0, :, :, 0][:, :, None] & near_QS
+        return (y[:, None] - v) ** 2 + (x[:, None] - u) ** 2 < radius**2
 
     def together(self, rows: list[Tensor]) -> Tensor:
         """What `queries` made, as it was: [B, H, T, V]."""
