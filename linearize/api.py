@@ -81,7 +81,8 @@ def _methods() -> list[dict[str, Any]]:
         rows.append(
             {
                 "name": name,
-                "replaces": sorted(mixer.kinds),
+                "fits": [where for where in base.HOMES if base.refusal(name, where) is None],
+                "refuses": {where: why for where in base.HOMES if (why := base.refusal(name, where))},
                 "needs": sorted(mixer.needs),
                 "state": "constant" if mixer.recurrent else "grows",
                 "settings": {key: field.get_default(call_default_factory=True) for key, field in _fields(mixer)},

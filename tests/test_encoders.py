@@ -422,7 +422,6 @@ def test_without_rope(family):
             r"\(CvtSelfAttention\) writes its softmax",
         ),
         ("swinv2", {"embed_dim": 8, "num_heads": [1, 1, 1, 1]}, r"\(Swinv2SelfAttention\) writes its softmax"),
-        ("swin", {"embed_dim": 8, "num_heads": [1, 1, 1, 1]}, r"shifted windows"),
     ],
 )
 def test_refused_by_name(family, sizes, says):
@@ -432,6 +431,40 @@ def test_refused_by_name(family, sizes, says):
         model = AutoModel.from_config(AutoConfig.for_model(family, **sizes))
     with pytest.raises(Unsupported, match=says):
         linearize.find(model)
+
+
+def test_swin_is_converted_window_by_window(caplog, tmp_path):
+    """Linear attention inside each window; its bias and the mask of shifted ones are dropped, and that is said."""
+    torch.manual_seed(0)
+    sizes = {"image_size": 32, "patch_size": 4, "embed_dim": 8, "depths": [2, 2], "num_heads": [1, 2], "window_size": 4}
+    model = AutoModel.from_config(AutoConfig.for_model("swin", **sizes)).eval()
+    image = {"pixel_values": pixels(32, 32)}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "relative_position_bias" in name or "q_proj.w" in name:
+                parameter.normal_()
+        expected = run(model, image)[0]
+        linearize.attach(model, None, "softmax")
+        assert torch.equal(run(model, image)[0], expected)
+        with pytest.raises(Unsupported, match=r"attention attends inside windows .*use hedgehog with radius: 0"):
+            linearize.attach(model, None, "lit")
+        for method, settings in (("clear", {}), ("hedgehog", {"radius": 2})):
+            with pytest.raises(Unsupported, match="use hedgehog with radius: 0"):
+                linearize.attach(model, None, method, settings)
+        assert torch.equal(run(model, image)[0], expected)
+        caplog.clear()
+        surgery = linearize.attach(model, None, "hedgehog")
+    assert "the mask of shifted windows and the relative position bias is dropped" in caplog.text
+    assert len(surgery.sites) == 4 and {s.shape.heads for s in surgery.sites} == {1, 2}
+    out = run(model, image)[0]
+    assert all(g.abs().max() > 0 for g in torch.autograd.grad(out.square().sum(), surgery.parameters()))
+    files.save(model, tmp_path / "model")
+    with torch.no_grad():
+        found = run(model, image)[0]
+        assert not torch.equal(found, expected)
+        assert torch.equal(run(files.load(tmp_path / "model").eval(), image)[0], found)
+        surgery.detach()
+        assert torch.equal(run(model, image)[0], expected)
 
 
 def test_sinks_are_refused_where_nothing_is_first():

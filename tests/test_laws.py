@@ -179,6 +179,20 @@ def test_lit_regroups_as_the_paper_does(heads, found):
     assert mixers.build("lit", replace(shape, image=True)).heads == found
 
 
+@pytest.mark.parametrize("method", mixers.names())
+def test_what_the_table_says_is_what_build_does(method):
+    shapes = {"LLM": SHAPE, "encoder": BIDIRECTIONAL, "ViT": IMAGE, "joint DiT": replace(IMAGE, joint=True)}
+    for where, shape in shapes.items():
+        assert mixers.home(shape) == where
+        settings = {"window": 3, "sinks": 0} if method == "window" else {}
+        if (why := mixers.refusal(method, where)) is None:
+            mixers.build(method, shape, settings)
+            continue
+        with pytest.raises(Unsupported) as caught:
+            mixers.build(method, shape, settings)
+        assert str(caught.value).endswith(why)
+
+
 def test_methods_of_images_refuse_what_is_none():
     inputs = draw(IMAGE, 30)
     for method in ("lit", "clear"):

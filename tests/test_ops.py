@@ -12,7 +12,7 @@ from linearize.ops import linear as linear_op
 from linearize.ops import local2d as local2d_op
 from linearize.ops import window as window_op
 from linearize.ops._dispatch import Implementation, choose
-from linearize.ops.bidirectional import Circle, bidirectional
+from linearize.ops.bidirectional import Circle, bidirectional, in_pieces
 from linearize.ops.gated_linear import gated_bidirectional, gated_linear, gated_weights
 from linearize.ops.linear import linear
 from linearize.ops.local2d import local2d, local2d_output, pairs
@@ -448,6 +448,16 @@ def test_outside_a_circle_equals_reference(impl, grid, radius, prefix, suffix):
         lambda *x: bidirectional(*x, circle=circle, impl=impl),
         lambda *x: bidirectional(*x, circle=circle, impl="reference"),
         [q.exp(), k.exp(), v],
+    )
+
+
+@pytest.mark.parametrize("piece", [1, 7, 20, 21, 100])
+def test_in_pieces_is_in_one_go(piece):
+    tensors = [_normal(2, 4, 21, 5).exp(), _normal(2, 4, 21, 5, seed=1).exp(), _normal(2, 2, 21, 3, seed=2)]
+    implementations_agree(
+        lambda q, k, v: in_pieces(lambda part: q[:, :, part], lambda part: k[:, :, part], v, piece),
+        lambda *x: bidirectional(*x, impl="reference"),
+        tensors,
     )
 
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from linearize.mixers.parts import Branches, Hybrid, HybridConfig
 from linearize.mixers.patches import CircleBranch, beside_grid, seen_in_circle, text_softmax
 from linearize.ops._dispatch import compute_dtype
-from linearize.ops.bidirectional import Circle, bidirectional, one_by_one
+from linearize.ops.bidirectional import Circle, bidirectional, in_pieces, one_by_one
 from linearize.ops.gated_linear import gated_linear, gated_weights
 from linearize.ops.linear import linear
 from linearize.ops.local2d import pairs
@@ -130,9 +130,15 @@ class Hedgehog(Hybrid):
         circle: Circle | None = None,
     ) -> tuple[Tensor, Tensor, State]:
         """(output_BHTV, mass_BHT, new sums). gap and circle, of bidirectional layers: nearer keys are the window's."""
-        phi_q, phi_k = self.map_q(q), self._map_keys(k)
-        if valid_BT is not None:
-            phi_k = phi_k * valid_BT[:, None, :, None]
+
+        def features(columns: slice) -> Tensor:
+            phi_k = self._map_keys(k[:, :, columns])
+            return phi_k if valid_BT is None else phi_k * valid_BT[:, None, columns, None]
+
+        if not self.shape.causal and gap == 0 and circle is None and ctx.segments_BT is None:
+            out = in_pieces(lambda columns: self.map_q(q[:, :, columns]), features, v)
+            return out.numerator / (out.normaliser + self.config.eps)[..., None], out.normaliser, state
+        phi_q, phi_k = self.map_q(q), features(slice(None))
         if self.shape.causal:
             sums, segments = state[0] if state else None, ctx.segments_BT
             if fading is None:

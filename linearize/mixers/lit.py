@@ -23,7 +23,7 @@ from linearize.mixers.base import Mixer, MixerConfig
 from linearize.mixers.parts import FeatureMap, FeatureMapName
 from linearize.mixers.patches import patch_grid
 from linearize.ops._dispatch import compute_dtype
-from linearize.ops.bidirectional import bidirectional
+from linearize.ops.bidirectional import in_pieces
 from linearize.types import Context, Cost, InputError, SiteShape, StateSpec
 
 
@@ -70,36 +70,37 @@ class LiT(Mixer):
     # -------------------------------------------------------------------------------------------- the function
     def parallel(self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTV: Tensor, ctx: Context) -> Tensor:
         grid = patch_grid(ctx, "lit")
-        v_BHTV = v_BGTV.to(compute_dtype(q_BHTK, v_BGTV)).repeat_interleave(self.shape.group, 1)
+        v_BHTV = self._for_heads(v_BGTV.to(compute_dtype(q_BHTK, v_BGTV)))
         if ctx.valid_BT is not None:
             v_BHTV = v_BHTV * ctx.valid_BT[:, None, :, None]
         out = self._attention(q_BHTK, k_BGTK, v_BHTV, ctx).unflatten(3, (self.joined, -1)).transpose(2, 3).flatten(1, 2)
         patches = slice(ctx.prefix, v_BHTV.shape[2] - ctx.suffix)
-        local = self._convolution(v_BHTV[:, :, patches], grid)
-        return (out + F.pad(local, (0, 0, ctx.prefix, ctx.suffix))).to(q_BHTK.dtype)
+        out[:, :, patches] += self._convolution(v_BHTV[:, :, patches], grid)
+        return out.to(q_BHTK.dtype)
 
     def _attention(self, q_BHTK: Tensor, k_BGTK: Tensor, v_BHTV: Tensor, ctx: Context) -> Tensor:
         """[B, heads, T, joined * V]"""
-        phi_q, phi_k = self._features(q_BHTK, k_BGTK, ctx)
-        v = self._regroup(v_BHTV)
-        out = bidirectional(phi_q, phi_k, v)
+        q, k, v = self._normed(q_BHTK, ctx), self._normed(k_BGTK, ctx), self._regroup(v_BHTV)
+        out = in_pieces(lambda part: self._queries(q, part), lambda part: self._keys(k, ctx, part), v)
         if self.config.normaliser == "sum":
             return out.numerator / (out.normaliser + self.config.eps)[..., None]
         count, gain = self._count(ctx, v), self._gain(ctx, v)
         mean = v.sum(2, keepdim=True) / count
         return gain * out.numerator + (1 - gain * out.normaliser[..., None]) * mean
 
-    def _features(self, q_BHTK: Tensor, k_BGTK: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
-        """Of regrouped heads, [B, heads, T, F]; zero at keys that are padding."""
-        dtype = compute_dtype(q_BHTK)
-        q = self._regroup(self._normed(q_BHTK.to(dtype), ctx))
-        k = self._regroup(self._normed(k_BGTK.to(dtype), ctx).repeat_interleave(self.shape.group, 1))
-        phi_q, phi_k = self.map_q(q), self.map_k(k)
-        return phi_q, phi_k if ctx.valid_BT is None else phi_k * ctx.valid_BT[:, None, :, None]
+    def _queries(self, q_BHTK: Tensor, part: slice) -> Tensor:
+        """Features of regrouped heads at the columns of `part`, [B, heads, T, F]."""
+        return self.map_q(self._regroup(q_BHTK[:, :, part]))
+
+    def _keys(self, k_BGTK: Tensor, ctx: Context, part: slice) -> Tensor:
+        """The same of keys; zero at those that are padding."""
+        phi_k = self.map_k(self._regroup(self._for_heads(k_BGTK[:, :, part])))
+        return phi_k if ctx.valid_BT is None else phi_k * ctx.valid_BT[:, None, part, None]
 
     def _normed(self, x_BHTK: Tensor, ctx: Context) -> Tensor:
         if self.config.norm == "none":
             return x_BHTK
+        x_BHTK = x_BHTK.to(compute_dtype(x_BHTK))
         real = 1.0 if ctx.valid_BT is None else ctx.valid_BT[:, None, :, None]
         count = self._count(ctx, x_BHTK)
         x = x_BHTK - (x_BHTK * real).sum(2, keepdim=True) / count
@@ -116,6 +117,9 @@ class LiT(Mixer):
     def _gain(self, ctx: Context, like_BHTV: Tensor) -> Tensor:
         return ctx.scale / self._count(ctx, like_BHTV)
 
+    def _for_heads(self, x_BGTV: Tensor) -> Tensor:
+        return x_BGTV.repeat_interleave(self.shape.group, 1) if self.shape.group > 1 else x_BGTV
+
     def _regroup(self, x_BHTV: Tensor) -> Tensor:
         """`joined` heads become one with all of their columns."""
         return x_BHTV.unflatten(1, (self.heads, self.joined)).transpose(2, 3).flatten(3)
@@ -130,7 +134,8 @@ class LiT(Mixer):
 
     # ------------------------------------------------------------------------------------------- the definition
     def dense(self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTV: Tensor, ctx: Context, rows: slice = slice(None)) -> Tensor:
-        phi_q, phi_k = self._features(q_BHTK, k_BGTK, ctx)
+        phi_q = self._queries(self._normed(q_BHTK, ctx), slice(None))
+        phi_k = self._keys(self._normed(k_BGTK, ctx), ctx, slice(None))
         visible_BTT = ctx.visible(q_BHTK, rows)[:, None]
         weights = (phi_q[:, :, rows] @ phi_k.mT) * visible_BTT
         total = weights.sum(-1, keepdim=True)

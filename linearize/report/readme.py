@@ -1,7 +1,9 @@
-"""The measured tables in README.md and recipes/README.md, regenerated from result files between two comments.
+"""The tables of README.md, recipes/README.md and docs/methods.md, regenerated between two comments: from result files,
+and from the methods themselves.
 
     <!-- results:begin -->   table of recipes/results/**/*.json       <!-- results:end -->
     <!-- benchmarks:begin --> tables of benchmarks/results/*.json     <!-- benchmarks:end -->
+    <!-- methods:begin -->   which method fits what, and why not      <!-- methods:end -->
 
 The same files give the same text, to the byte.
 """
@@ -17,7 +19,8 @@ from linearize.report.schema import Bench, read, read_results
 from linearize.storage import write_atomic
 from linearize.types import GateError, InputError, StorageError
 
-FILES = ("README.md", "recipes/README.md")
+#: each with the block that it cannot be without
+FILES = {"README.md": "results", "recipes/README.md": "results", "docs/methods.md": "methods"}
 EMPTY = "No result file yet: the table appears with the first one in `recipes/results`."
 LEGEND = (
     "Perplexity of the teacher, of the student before training (swapped) and after, and of sliding windows without a "
@@ -44,13 +47,13 @@ def update(root: str | Path, *, check: bool = False) -> list[str]:
     changed = []
     for name in FILES:
         path = root / name
-        if not path.exists() and name != FILES[0]:
+        if not path.exists() and name != "README.md":
             continue
         try:
             old = path.read_text(encoding="utf-8")
         except OSError as error:
             raise StorageError(f"cannot read {path}: {error.strerror}; run it in a checkout of linearize") from None
-        new = _filled(old, path, root)
+        new = _filled(old, path, root, FILES[name])
         if new != old:
             changed.append(name)
             if not check:
@@ -63,17 +66,32 @@ def update(root: str | Path, *, check: bool = False) -> list[str]:
     return changed
 
 
-def _filled(text: str, path: Path, root: Path) -> str:
-    blocks = {"results": results_block, "benchmarks": benchmarks_block}
+def _filled(text: str, path: Path, root: Path, needed: str) -> str:
+    blocks = {"results": results_block, "benchmarks": benchmarks_block, "methods": methods_block}
     for name, block in blocks.items():
         begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-        if (text.count(begin), text.count(end)) == (0, 0) and name != "results":
+        if (text.count(begin), text.count(end)) == (0, 0) and name != needed:
             continue
         if (text.count(begin), text.count(end)) != (1, 1) or text.index(begin) > text.index(end):
             raise InputError(f"{path} needs the lines {begin!r} and {end!r}, once each and in this order")
         body = f"{begin}\n{block(root, path.parent)}{end}"
         text = re.sub(re.escape(begin) + ".*?" + re.escape(end), lambda _, body=body: body, text, flags=re.DOTALL)
     return text
+
+
+def methods_block(root: Path, here: Path) -> str:
+    """Which method fits what, asked of the methods; the reasons below the table."""
+    from linearize.mixers import base
+
+    numbers: dict[str, int] = {}
+    lines = [f"| method | {' | '.join(base.HOMES)} |", f"| --- |{' --- |' * len(base.HOMES)}"]
+    for method in base.names():
+        cells = []
+        for where in base.HOMES:
+            why = base.refusal(method, where)
+            cells.append("yes" if why is None else f"no ({numbers.setdefault(why, len(numbers) + 1)})")
+        lines.append(f"| [{method}]({base.get(method).paper}) | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", *(f"{number}. {why}" for why, number in numbers.items())]) + "\n"
 
 
 def results_block(root: Path, here: Path) -> str:

@@ -106,10 +106,16 @@ def listed(answer: Listing) -> RenderableType:
     """A column for each key."""
     if not answer.rows:
         return Text(f"no {answer.kind} here")
-    table = _table(*answer.rows[0])
+    columns = [key for key in answer.rows[0] if key != "refuses"]  # its sentences stand below the table
+    table = _table(*columns)
     for row in answer.rows:
-        table.add_row(*(escape(_words(key, value)) for key, value in row.items()))
-    return table
+        table.add_row(*(escape(_words(key, row[key])) for key in columns))
+    said: dict[str, list[str]] = {}
+    for row in answer.rows:
+        for where, why in row.get("refuses", {}).items():
+            said.setdefault(f"{row['name']}: {why}", []).append(where)
+    lines = [f"not for {', '.join(where)}: {why}" for why, where in said.items()]
+    return Group(table, Text("\n".join(lines))) if lines else table
 
 
 def _words(key: str, value: Any) -> str:

@@ -21,7 +21,7 @@ from linearize.seams import dit, grid, hf, hooks, interface
 from linearize.surgery.port import CHILD, PORT, Port, Watcher, made_subclass
 from linearize.surgery.probe import probe as check
 from linearize.surgery.probe import small_forward
-from linearize.surgery.select import BIAS, find, original_class
+from linearize.surgery.select import BIAS, WINDOWED, find, original_class
 from linearize.types import InputError, Site, Unsupported
 
 log = logging.getLogger(__name__)
@@ -198,6 +198,12 @@ def attach(
     if earlier is not None and not beside:
         log.warning("the model is converted already (%s): those mixers are dropped", earlier.method)
         earlier.detach()
+    if windowed := [site for site in chosen if WINDOWED in site.drops]:
+        log.warning(
+            "%d layers attend inside shifted windows of an image: the %s is dropped",
+            len(windowed),
+            " and the ".join(windowed[0].drops),
+        )
     interface.register()
     surgery = Surgery(model, mixers.name_of(mixers.get(method)), settings)
     surgery._modules = {}
@@ -230,6 +236,11 @@ def _operate(model: nn.Module, module: nn.Module, site: Site, method: str | type
         why = "has no patch convolution around it" if site.shape.image else "reads no image"
         raise Unsupported(
             f"{site.name} {why}, and {mixers.name_of(mixers.get(method))!r} needs the grid that its tokens stand on"
+        )
+    if WINDOWED in site.drops and mixer.needs_grid:
+        raise Unsupported(
+            f"{site.name} attends inside windows of its image, so that a call has no grid of its own, which "
+            f"{mixers.name_of(mixers.get(method))!r} needs: use hedgehog with radius: 0"
         )
     mixer.warm_start(module)
     mixer.train(module.training)

@@ -18,6 +18,9 @@ log = logging.getLogger("linearize")
 #: in Site.drops: an additive bias by the distance of two tokens
 BIAS = "relative position bias"
 
+#: and what keeps apart the regions that a shifted window of an image wraps together
+WINDOWED = "mask of shifted windows"
+
 
 def original_class(module: nn.Module) -> type[nn.Module]:
     """The class a module had before surgery."""
@@ -183,10 +186,7 @@ def _teacher_window(module: nn.Module, config: Any, layer: int | None) -> int | 
 def _drops(name: str, module: nn.Module, config: Any, tower: nn.Module) -> tuple[str, ...]:
     drops = []
     if getattr(config, "window_size", None) and getattr(tower, "main_input_name", None) == "pixel_values":
-        raise Unsupported(
-            f"{name}: attention inside shifted windows of an image (config.window_size) is refused: its windows and "
-            "position bias are all it has of positions, and they are not handed over"
-        )
+        drops.append(WINDOWED)
     if getattr(config, "alibi", False):
         raise Unsupported(
             f"{name}: attention with ALiBi (config.alibi) is refused: the bias is the model's only position signal and "

@@ -23,18 +23,22 @@ def bidirectional_torch(
             raise InputError("bidirectional: a circle of patches goes with neither a gap nor documents")
         return _outside(q_BHTF, k_BJTF, v_BGTV, *circle)
     if gap == 0 and segments_BT is None:
-        return _everybody(q_BHTF, k_BJTF, v_BGTV)
+        return read(q_BHTF, key_sums(k_BJTF, v_BGTV))
     left = _scan(q_BHTF, k_BJTF, v_BGTV, gap, segments_BT)
     backward = None if segments_BT is None else -segments_BT.flip(1)  # numbers that never decrease
     flipped = [x.flip(2) for x in (q_BHTF, k_BJTF, v_BGTV)]
     return left + _scan(*flipped, max(gap, 1), backward).flip(2)  # the token itself is counted once, from the left
 
 
-def _everybody(q_BHTF: Tensor, k_BJTF: Tensor, v_BGTV: Tensor) -> Tensor:
-    J = k_BJTF.shape[1]
+def key_sums(k_BJTF: Tensor, v_BGTV: Tensor) -> Tensor:
+    """The sum of k_s [v_s, 1]^T over all s: [B, J, F, V + 1]."""
     v_BGTV1 = torch.cat([v_BGTV, torch.ones_like(v_BGTV[..., :1])], -1)
-    sums_BJFV1 = k_BJTF.mT @ v_BGTV1.repeat_interleave(J // v_BGTV.shape[1], 1)
-    return (q_BHTF.unflatten(1, (J, -1)) @ sums_BJFV1[:, :, None]).flatten(1, 2)
+    return k_BJTF.mT @ v_BGTV1.repeat_interleave(k_BJTF.shape[1] // v_BGTV.shape[1], 1)
+
+
+def read(q_BHTF: Tensor, sums_BJFV: Tensor) -> Tensor:
+    """q_t S, [B, H, T, V + 1]."""
+    return (q_BHTF.unflatten(1, (sums_BJFV.shape[1], -1)) @ sums_BJFV[:, :, None]).flatten(1, 2)
 
 
 def late(k_BJTF: Tensor, v_BGTV: Tensor, gap: int, segments_BT: Tensor | None) -> tuple[Tensor, Tensor]:
