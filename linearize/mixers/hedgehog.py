@@ -51,7 +51,7 @@ class Hedgehog(Hybrid):
         )
         radius: int = Field(default=0, ge=0, description="of a circle of patches: the window of images")
 
-    config: Config
+    config: Config  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(self, shape: SiteShape, config: Config) -> None:
         super().__init__(shape, config)
