@@ -65,11 +65,23 @@ def watch(model: nn.Module, name: str) -> Grid | None:
     parts = name.split(".")
     for end in range(len(parts) - 1, -1, -1):
         tower = model.get_submodule(".".join(parts[:end]))
-        channels = getattr(getattr(tower, "config", None), "num_channels", None)
-        for module in tower.modules():
+        channels = _channels(tower)
+        for module in tower.modules() if channels else ():
             if isinstance(module, nn.Conv2d) and module.in_channels == channels and module.kernel_size == module.stride:
                 return _hooked(tower, module)
     return None
+
+
+def is_timm(tower: nn.Module) -> bool:
+    """Whether this is a vision transformer of timm: these have no configuration, and say how many tokens come first."""
+    return hasattr(tower, "num_prefix_tokens") and hasattr(tower, "patch_embed")
+
+
+def _channels(tower: nn.Module) -> int | None:
+    """Of the images that a tower takes; None where it says nothing of any."""
+    if is_timm(tower):
+        return getattr(getattr(tower.patch_embed, "proj", None), "in_channels", None)
+    return getattr(getattr(tower, "config", None), "num_channels", None)
 
 
 def forget(model: nn.Module, used: Collection[Grid]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from linearize.mixers import base as mixers
-from linearize.seams import dit, hf, interface, sdpa
+from linearize.seams import dit, grid, hf, interface, sdpa
 from linearize.types import InputError, Site, SiteShape, Unsupported
 
 log = logging.getLogger("linearize")
@@ -148,7 +148,7 @@ def _site(name: str, module: nn.Module, seam: Any, owners: Sequence[nn.Module]) 
             scale=float(scale) if isinstance(scale, (int, float)) else key_dim**-0.5,
             causal=_is_causal(module, owners),
             window=_teacher_window(module, config, layer),
-            image=getattr(owners[-1], "main_input_name", None) == "pixel_values",
+            image=getattr(owners[-1], "main_input_name", None) == "pixel_values" or grid.is_timm(owners[-1]),
         ),
     )
 
