@@ -7,12 +7,23 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from transformers import AutoTokenizer
+
+from linearize.models import TEACHERS
+from linearize.testing.pico import pico
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 STORY = "Once upon a time there was a {} who liked to sing. One day it met a friend, and they sang together. "
 SMALL = ["--tokens", "1024"]
-ARGUMENTS = {"convert.py": SMALL, "own_data.py": ["stories.jsonl"], "trainer.py": ["3"]}
+ARGUMENTS = {
+    "convert.py": SMALL,
+    "encoder.py": ["bert", "sentences.txt", *SMALL],
+    "own_data.py": ["stories.jsonl"],
+    "trainer.py": ["3"],
+    "vit.py": ["images.npz", *SMALL],
+}
 
 
 @pytest.mark.parametrize("name", sorted(p.name for p in EXAMPLES.glob("*.py")))
@@ -21,6 +32,15 @@ def test_example(name, tmp_path):
     animals = ["dog", "cat", "bird", "fish", "frog", "bear"]
     lines = [f'{{"text": "{STORY.format(a) * n}"}}' for a in animals for n in range(2, 6)]
     (tmp_path / "stories.jsonl").write_text("\n".join(lines))
+    if name == "encoder.py":
+        (tmp_path / "sentences.txt").write_text(
+            "\n".join(STORY.format(a)[:n] for a in animals for n in range(20, 90, 2))
+        )
+        pico("bert", vocab_size=2048, num_hidden_layers=1).save_pretrained(tmp_path / "bert")
+        AutoTokenizer.from_pretrained(TEACHERS / "text").save_pretrained(tmp_path / "bert")
+    if name == "vit.py":
+        images = np.random.default_rng(0).integers(0, 256, (400, 28, 28), dtype=np.uint8)
+        np.savez(tmp_path / "images.npz", images=images)
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(EXAMPLES.parent), os.environ.get("PYTHONPATH", "")]),
@@ -30,3 +50,7 @@ def test_example(name, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     if name == "decode_with_a_state.py":
         assert "the same as from the whole prompt: True" in done.stdout
+    if name == "attention_pictures.py":
+        assert (tmp_path / "attention.png").stat().st_size > 10_000
+    if name in ("encoder.py", "vit.py"):
+        assert done.stdout.startswith("teacher") and "student" in done.stdout

@@ -3,16 +3,20 @@
 import pytest
 import yaml
 
+from linearize import api
 from linearize.plan import Plan
+from linearize.recipe import defaults as task_defaults
 from linearize.recipe import folder, parse_override, recipe_for, recipes
 from linearize.types import InputError
 
 PAPERS = [
     *("hedgehog/llama-2-7b", "hedgehog/gpt2", "hedgehog/lolcats-llama-3-8b", "hedgehog/lolcats-mistral-7b"),
     *("lawcat/mistral-7b", "lawcat/llama-3.2-1b"),
+    *("hedgehog/bert-base-sst2", "hedgehog/vit-b-16", "lit/deit-tiny"),
 ]
 OURS = [f"hedgehog/{name}" for name in ("demo", "stories15m", "stories15m-window", "stories260k", "smollm2-135m")]
-OURS += ["lawcat/stories15m"]
+OURS += ["lawcat/stories15m", "hedgehog/minilm-l6-v2"]
+OURS += [f"{method}/{name}" for method in ("hedgehog", "lit", "clear") for name in ("demo-image", "vit-fashion-mnist")]
 
 
 def test_these_are_there():
@@ -34,7 +38,7 @@ def test_recipe_reads_checks_and_round_trips(name, tmp_path):
 @pytest.mark.parametrize("name", recipes())
 def test_recipe_holds_only_what_differs(name):
     recipe = yaml.safe_load((folder() / f"{name}.yaml").read_text())
-    defaults = yaml.safe_load((folder() / "defaults.yaml").read_text())
+    defaults = task_defaults(recipe.get("task", "text"))
     assert recipe["version"] == 1 and "measured" in recipe
     for section in ("data", "eval", "gate"):
         same = [k for k, v in (recipe.get(section) or {}).items() if defaults.get(section, {}).get(k, ...) == v]
@@ -49,6 +53,13 @@ def test_papers_recipes_quote_their_numbers(name):
     keys = list(yaml.safe_load((folder() / f"{name}.yaml").read_text()))
     assert keys[-2:] == ["published", "measured"]
     assert plan.model.form and plan.model.id
+
+
+@pytest.mark.parametrize("name", [name for name in PAPERS + OURS if Plan.read(name).task != "text"])
+def test_encoders_and_images_are_planned_offline(name):
+    planned = api.plan(recipe=name)
+    form = planned.plan.model.form
+    assert sum(len(group.sites) for group in planned.forecast.groups) == form["num_hidden_layers"]
 
 
 def test_a_recipe_is_found_by_short_name_and_by_form():
