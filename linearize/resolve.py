@@ -131,9 +131,16 @@ def fitting(plan: Plan, chosen: Sequence[Site], recipe: str | None) -> tuple[Pla
     import torch
 
     from linearize.mixers import base
+    from linearize.types import InputError
 
     with torch.device("meta"):
         mixer = base.build(plan.method.name, chosen[0].shape, plan.mixer())
+    for name, stage in zip(plan.stage_names(), plan.stages, strict=True):
+        if mixer.signed and getattr(stage, "map", 0):
+            raise InputError(
+                f"stages.{name}.map: weights of {plan.method.name} as configured may be negative, which have no "
+                "cross-entropy: set map to 0 and output above it"
+            )
     if any(True for _ in mixer.parameters()):
         return plan, []
     kept = [stage for stage in plan.stages if stage.kind != "transfer"] if recipe is not None else []

@@ -147,7 +147,7 @@ def read(bert, texts, pairs, home) -> Path:
 def test_images_are_measured_by_classes_and_features(seen):
     report = schema.read(seen, schema.Report)
     rows = {row.name: row for row in report.rows}
-    assert {"teacher", "swapped", "after transfer", "student", "none"} <= set(rows)
+    assert {"teacher", "swapped", "after transfer", "student", "zero-token window", "none"} <= set(rows)
     teacher, student = rows["teacher"], rows["student"]
     assert (teacher.agreement, teacher.cosine, teacher.kl) == (1, 1, 0) and teacher.perplexity is None
     assert teacher.accuracy is not None and student.dense_cosine is not None and "cosine" in student.intervals
@@ -211,6 +211,18 @@ def test_an_adapter_of_a_classifier_knows_its_base(vit, images, tmp_path):
             parameter.add_(0.3 * torch.randn_like(parameter))
     with pytest.raises(InputError, match="was made for"):
         linearize.load(other, adapter=tmp_path / "adapter")
+
+
+def test_lit_and_clear_take_the_same_road(vit, images, tmp_path):
+    done = api.convert(vit, "lit", data=str(images), overrides=SMALL, max_steps=2, output_dir=tmp_path / "lit")
+    assert [stage.steps for stage in done.report.stages] == [2, 2] and done.report.diagnostics.gazes
+    settings = {**SMALL, "method.mixer.radius": 9}
+    done = api.convert(vit, "clear", data=str(images), overrides=settings, output_dir=tmp_path / "clear")
+    student = done.report.row("student")
+    assert student is not None and student.agreement == 1 and done.report.stages == []  # beyond the diagonal
+    with pytest.raises(InputError, match="may be negative"):
+        inline = {**SMALL, "method.mixer.normaliser": "inline", "stages.transfer.map": 1.0}
+        api.plan(vit, "lit", overrides=inline)
 
 
 # -------------------------------------------------------------------------------------------------------- sentences

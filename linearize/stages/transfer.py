@@ -37,8 +37,6 @@ class Transfer:
         self.groups = [(parameters, plan.lr)]
         if not parameters:
             raise InputError(f"method {surgery.method!r} has no parameters to transfer; drop the transfer stage")
-        if plan.map and (signed := next((n for n, m in surgery.mixers.items() if m.signed), None)):
-            raise InputError(f"stages.{name}.map: weights of {surgery.method} may be negative ({signed}): use output")
         self.calls = surgery.calls
         surgery.model.requires_grad_(False)
         for parameter in parameters.values():
