@@ -22,9 +22,10 @@ from transformers import (
 import linearize
 from linearize import api, conversion, models
 from linearize.conversion import work_folder
+from linearize.data.images import read_images
 from linearize.data.text import Tokens
 from linearize.plan import Plan
-from linearize.report import schema
+from linearize.report import readme, schema
 from linearize.resolve import resolve
 from linearize.testing.pico import pico, pico_config
 from linearize.types import GateError, InputError, Unsupported
@@ -176,6 +177,25 @@ def test_images_are_measured_again(seen, images):
     assert again["student"].cosine == pytest.approx(before["student"].cosine, abs=1e-5)
     other = api.evaluate(seen, data=str(images), split="[:20]", limit=20)
     assert other.rows[0].documents == 20 and "top-1" in str(vars(other.render().renderables[0].columns[1])["header"])
+
+
+def test_the_readme_has_a_table_for_encoders(seen, tmp_path):
+    kept = schema.read(seen, schema.Report).result()
+    schema.write(kept, tmp_path / "recipes" / "results" / "hedgehog" / "small-vit.json")
+    (tmp_path / "README.md").write_text("<!-- results:begin -->\n<!-- results:end -->\n")
+    assert readme.update(tmp_path) == ["README.md"]
+    text = (tmp_path / "README.md").read_text()
+    assert "hedgehog/small-vit" in text and "top-1" in text and "perplexity" not in text.lower()
+
+
+def test_a_model_in_hand_takes_images_in_hand(vit, images):
+    model = models.load_model(vit).model
+    data = read_images(images, model.config, label_column="none")
+    done = linearize.convert(model, data=data, overrides=SMALL, max_steps=1)
+    student = done.report.row("student")
+    assert done.folder is None and done.model is model and student is not None
+    assert student.accuracy is None and student.retained is None and student.agreement is not None
+    done.surgery.detach()
 
 
 @pytest.mark.parametrize("moment", [("transfer", 3), ("finetune", 4)])

@@ -293,6 +293,8 @@ class Report(Run):
         raw["kind"] = "result"
         for stage in raw["stages"]:
             stage["series"] = {}
+        for sample in raw["sample"]:
+            sample["image"] = None
         return Result.model_validate(raw)
 
 
