@@ -356,23 +356,11 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.tx
 def processor_of(where: Source, task: str, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a model, or its image processor; None for images where the folder holds none (configurations
     say enough then). Raises InputError for text without a tokenizer."""
-    return (_image_processor if task == "image" else _tokenizer)(where, trust_remote_code)
+    if task != "image":
+        return _tokenizer(where, trust_remote_code)
+    from linearize.data.images import image_processor
 
-
-def _image_processor(where: Source, trust_remote_code: bool) -> Any:
-    from transformers import AutoImageProcessor
-
-    if where.kind in ("folder", "embedded") and not (Path(where.name) / "preprocessor_config.json").is_file():
-        return None
-    try:
-        return AutoImageProcessor.from_pretrained(
-            where.name, backend="pil", trust_remote_code=trust_remote_code, **where.arguments()
-        )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        said = str(error).splitlines()[0]
-        raise InputError(
-            f"{where.name} has no usable image processor ({said}): look at its preprocessor_config.json"
-        ) from None
+    return image_processor(where.name, trust_remote_code=trust_remote_code, **where.arguments())
 
 
 def _tokenizer(where: Source, trust_remote_code: bool) -> Any:

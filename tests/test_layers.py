@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "problems": set(),
     "plan": {"mixers", "problems", "recipe", "types"},
     "data": {"progress", "seams", "storage", "types"},
-    "models": {"seams", "surgery", "types"},
+    "models": {"data", "seams", "surgery", "types"},
     "report": {"mixers", "storage", "types"},
     "stages": {"data", "mixers", "plan", "problems", "progress", "storage", "surgery", "types"},
     "evaluate": {"data", "mixers", "plan", "progress", "stages", "surgery", "types"},
