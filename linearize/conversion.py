@@ -138,13 +138,13 @@ def run(
         job = Job(
             model=model, surgery=surgery, data=train_data, pool=task.pool, seed=plan.seed,
             work=work.sub("checkpoints"), digest=digest, resume=work.folder is not None,
-            on_step=measure.along(train_data.length, on_step),
+            on_step=measure.along(train_data.mean, on_step),
         )  # fmt: skip
     measure.add(("swapped", nullcontext))
     others = rivals(task, job, frozen, say)
     reports = []
     for index, (name, stage) in enumerate(zip(plan.stage_names(), plan.stages, strict=True)):
-        say(f"stage {name}: {stage.tokens:,} tokens in {stage.steps(train_data.length):,} steps")
+        say(f"stage {name}: {stage.tokens:,} tokens in {stage.steps(train_data.mean):,} steps")
         reports.append(run_stage(job, stage, name))
         if stage.kind == "transfer" and index + 1 < len(plan.stages):
             measure.add(("after transfer", nullcontext))

@@ -86,8 +86,9 @@ class Measure:
         return self.exam.rows(scores, self.plan.seed)
 
     # ------------------------------------------------------------------------------------- the curve along training
-    def along(self, length: int, on_step: Callable[[str, int], None]) -> Callable[[str, int], None]:
-        """`on_step`, and behind it a point of the curve after every `eval.curve` tokens. length: of a sequence."""
+    def along(self, length: float, on_step: Callable[[str, int], None]) -> Callable[[str, int], None]:
+        """`on_step`, and behind it a point of the curve after every `eval.curve` tokens. length: of an example, on
+        average."""
         every = self.plan.eval.curve
         if every is None:
             return on_step
@@ -104,7 +105,7 @@ class Measure:
             index = names.index(stage)
             tokens = starts[index] + step * sizes[index]
             if tokens // every != (tokens - sizes[index]) // every or tokens == starts[index + 1]:
-                self.points[tokens] = self._figure()
+                self.points[round(tokens)] = self._figure()
                 if self.writes and (path := self.work.sub("curve.json")) is not None:
                     write_atomic(path, json.dumps(self.points))
 

@@ -116,8 +116,8 @@ class _Stage(BaseModel):
     clip: float = Field(default=1.0, ge=0)
     max_steps: int | None = Field(default=None, gt=0)
 
-    def steps(self, length: int) -> int:
-        """Optimiser steps at sequences of `length` tokens."""
+    def steps(self, length: float) -> int:
+        """Optimiser steps at examples of `length` tokens on average."""
         steps = math.ceil(self.tokens / (self.batch * length))
         return steps if self.max_steps is None else min(steps, self.max_steps)
 

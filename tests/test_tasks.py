@@ -218,7 +218,7 @@ def test_a_stopped_run_ends_with_the_same_bytes(seen, vit, images, tmp_path, mom
 
 
 def test_an_adapter_of_a_classifier_knows_its_base(vit, images, tmp_path):
-    settings = {**SMALL, "output.adapter_only": True, "stages.finetune.task": 1.0}
+    settings = {**SMALL, "output.adapter_only": True, "stages.finetune.task": 1.0, "stages.finetune.hidden": 0.1}
     api.convert(vit, data=str(images), overrides=settings, output_dir=tmp_path / "adapter")
     api.merge(tmp_path / "adapter", tmp_path / "full")
     pixels = torch.rand(2, 1, 12, 20)
@@ -252,6 +252,7 @@ def test_sentences_are_measured_by_their_vectors(read, bert):
     assert {"teacher", "swapped", "student", "zero-token window", "none"} <= set(rows)
     assert rows["student"].spearman is not None and rows["student"].retained is not None
     assert rows["student"].accuracy is None and rows["student"].documents == 12
+    assert all(900 < stage.tokens < 1100 for stage in report.stages)  # counted by what is there, not by the longest
     assert report.task == "sentences" and "12 pairs of pairs.tsv" in report.evaluation and report.sample
     assert (read / "1_Pooling" / "config.json").read_bytes() == (bert / "1_Pooling" / "config.json").read_bytes()
     assert (read / "modules.json").is_file() and "sentence-similarity" in (read / "README.md").read_text()

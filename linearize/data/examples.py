@@ -41,6 +41,11 @@ class Examples(Dataset, ABC):
         """Positions of the longest example."""
 
     @property
+    def mean(self) -> float:
+        """Positions of an example, on average: what stages count tokens by."""
+        return self.tokens / len(self)
+
+    @property
     @abstractmethod
     def digest(self) -> str:
         """sha256 over content and settings: equal digests mean equal data."""

@@ -88,7 +88,7 @@ def train(job: Job, objective: Objective, plan: TransferPlan | FinetunePlan) -> 
     from accelerate.utils import DataLoaderConfiguration
 
     name = objective.name
-    length = job.data.length
+    length = job.data.mean
     steps = plan.steps(length)
     trained = {n: p for parameters, _ in objective.groups for n, p in parameters.items()}
     optimizer = torch.optim.AdamW(
@@ -129,7 +129,7 @@ def train(job: Job, objective: Objective, plan: TransferPlan | FinetunePlan) -> 
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             _log(report, values, share)
-            report.steps, report.tokens = step + 1, (step + 1) * plan.batch * length
+            report.steps, report.tokens = step + 1, round((step + 1) * plan.batch * length)
             report.seconds = before + time.monotonic() - started
             advance(values["loss"])
             job.on_step(name, step + 1)
