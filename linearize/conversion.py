@@ -28,6 +28,7 @@ from linearize.measuring import Measure, Work, rivals
 from linearize.plan import FinetunePlan, Plan, TransferPlan
 from linearize.report import card, html, provenance, schema, verdict
 from linearize.resolve import choose, fitting
+from linearize.stages import targets
 from linearize.stages.base import Job, Processes
 from linearize.stages.finetune import finetune
 from linearize.stages.merge import merge
@@ -124,6 +125,9 @@ def run(
             train_data, valid = task.read(data, work.folder, say), None
             if task.held_out:
                 train_data, valid = train_data.hold_out(plan.data.valid_tokens)
+        for stage in plan.stages if task.pool is not None else ():
+            if isinstance(stage, FinetunePlan):
+                targets.check(model, train_data, stage)
         exam = task.exam(valid)
         resolved = replace(resolved, notes=tuple(dict.fromkeys((*resolved.notes, *train_data.notes, *exam.notes))))
         digest = hashlib.sha256(f"{plan.digest()}{original}{train_data.digest}".encode()).hexdigest()

@@ -150,6 +150,12 @@ def task_of(model: Any) -> str:
     return "text" if any(part in type(model).__name__ for part in ("ForCausalLM", "LMHeadModel")) else "sentences"
 
 
+def classifies(what: Any) -> bool:
+    """Whether a model, or that of a configuration, ends in a classifier."""
+    names = getattr(what, "architectures", None) or [type(what).__name__]
+    return "Classification" in names[0]
+
+
 def _plainest(config: Any) -> Any:
     """The class of a configuration that names none: a language model for decoders, no head for encoders."""
     from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM

@@ -65,6 +65,8 @@ def resolve(
         raise InputError(f"task: {wanted} was asked for, but this {config.model_type} is a model for {found}")
     if not given:
         recipe = recipe_for(config.to_dict(), plan.method.name)
+    if recipe is None and found == "image" and not models.classifies(config if source or model is None else model):
+        items = [("stages.finetune.kl", 0.0), ("stages.finetune.feature", 1.0), *items]  # there are no classes
     plan = Plan.read(recipe, items, found)
     if given and model is not None and not _agrees(config, plan.model.form):
         notes.append(f"recipe {recipe} was made for a model of other sizes")

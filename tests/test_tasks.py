@@ -295,7 +295,16 @@ def test_classes_of_texts(home, texts, tmp_path):
     student = done.report.row("student")
     assert student is not None and student.accuracy is not None and student.agreement is not None
     with pytest.raises(InputError, match="the data has no labels"):
-        api.convert(home / "classes", data=str(texts), overrides={**SMALL, "stages.finetune.task": 1})
+        more = {**SMALL, "stages.finetune.task": 1}
+        api.convert(home / "classes", data=str(texts), overrides=more, output_dir=tmp_path / "p")
+    assert [path.name for path in tmp_path.iterdir()] == ["o"]  # told before anything is trained
+
+
+def test_a_tower_without_a_classifier(home, images, tmp_path):
+    pico("dinov2", image_size=12, num_hidden_layers=2, num_channels=1).save_pretrained(home / "tower")
+    done = api.convert(home / "tower", data=str(images), overrides=SMALL, max_steps=2, output_dir=tmp_path / "o")
+    student = done.report.row("student")
+    assert student is not None and student.cosine is not None and student.kl is None and student.agreement is None
 
 
 def test_layers_that_share_a_module_are_all_taught(texts, home, tmp_path):

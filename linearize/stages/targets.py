@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from linearize.data.examples import Examples
 from linearize.plan import FinetunePlan
 from linearize.stages.base import Job, body, inputs, share_of
 from linearize.stages.head import head_losses, logit_losses, plain_head
@@ -99,24 +100,25 @@ class NextTokens:
         return torch.randperm(T, device="cpu")[:count].sort().values.to(labels_BT.device)
 
 
+def check(model: nn.Module, data: Examples, plan: FinetunePlan) -> None:
+    """Raises InputError for losses of an encoder that its head or the data have nothing for."""
+    for key in ("kl", "task"):
+        if getattr(plan, key) and "Classification" not in type(model).__name__:
+            raise InputError(
+                f"stages.finetune.{key}: {type(model).__name__} has no classifier: set {key} to 0, and feature or "
+                "dense above it"
+            )
+    if plan.task and "labels" not in data[0]:
+        raise InputError("stages.finetune.task: the data has no labels: name data.label_column, or set task to 0")
+
+
 class Features:
     """kl: logits of a classifier; feature: cosine of the pooled feature; dense: the last hidden state, token by token;
     hidden: all hidden states; task: cross-entropy of labels. The first four need no labels."""
 
     def __init__(self, job: Job, plan: FinetunePlan) -> None:
         self.job, self.plan = job, plan
-        config: Any = job.model.config
-        self.classes = config.num_labels if "Classification" in type(job.model).__name__ else None
-        for key in ("kl", "task"):
-            if getattr(plan, key) and self.classes is None:
-                raise InputError(
-                    f"stages.finetune.{key}: {type(job.model).__name__} has no classifier: set {key} to 0, and feature "
-                    "or dense above it"
-                )
-        if plan.task and "labels" not in job.data[0]:
-            raise InputError(
-                "stages.finetune.task: the data has no labels: name their column (data.label_column), or 0"
-            )
+        check(job.model, job.data, plan)
 
     def __call__(self, batch: dict[str, Tensor], teacher_of: Teacher) -> dict[str, Tensor]:
         plan, model = self.plan, self.job.model
