@@ -34,7 +34,8 @@ class Tokens(Grid):
         self.starts: tuple[int, ...] | None = None
 
     @torch.compiler.disable  # ids are values: a compiled transformer is compiled again for another grid
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def take(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """The hook itself."""
         row = family(module)
         assert row is not None and row.grid is not None
         named = {**dict(zip(_parameters(type(module)), args)), **kwargs}
@@ -245,12 +246,12 @@ def _parameters(cls: type[nn.Module]) -> tuple[str, ...]:
 def watch(owner: nn.Module) -> Tokens:
     """The grid of a transformer, hooked once for all of its layers."""
     for hook in owner._forward_pre_hooks.values():
-        if isinstance(hook, Tokens):
-            return hook
+        if isinstance(tokens := getattr(hook, "__self__", None), Tokens):
+            return tokens
     row = family(owner)
     assert row is not None
     tokens = Tokens(row.text)
-    owner.register_forward_pre_hook(tokens, with_kwargs=True)
+    owner.register_forward_pre_hook(tokens.take, with_kwargs=True)
     return tokens
 
 
