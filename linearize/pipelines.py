@@ -203,6 +203,8 @@ class Handle:
         """
         from safetensors.torch import save as to_bytes
 
+        if any(mixer.starts_afresh for surgery in self.surgeries.values() for mixer in surgery.mixers.values()):
+            raise InputError("projections that started afresh are no part of a plug-in: set start: inherit")
         tensors = {
             _named(part, name): hooks.value(*place).detach().cpu().contiguous()
             for part, surgery in self.surgeries.items()

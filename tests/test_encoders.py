@@ -339,6 +339,45 @@ def test_methods_of_images(family, method, settings, tmp_path):
             assert model(pixel_values=pixels(8, 24), **more)[0].isfinite().all()
 
 
+@pytest.mark.parametrize("family", ["vit", "dinov3_vit", "data2vec-vision"])
+def test_projections_that_start_afresh(family, tmp_path):
+    """As in LiT: new q, k, v, o, trained with the mixers; the teacher's are kept aside, and put back bit for bit."""
+    model = pico(family)
+    before = {name: (id(p), p.detach().clone()) for name, p in model.named_parameters()}
+    with torch.no_grad():
+        expected = run(model, inputs(family))[0]
+    inherited = len(linearize.attach(model, None, "lit").parameters())
+    torch.manual_seed(5)
+    surgery = linearize.attach(model, None, "lit", {"start": "afresh"})
+    new = surgery.parameters()[inherited:]
+    changed = {name for name, p in model.named_parameters() if name in before and id(p) != before[name][0]}
+    assert len(new) == len(changed) >= 4 * 3 and all(".attention." in n or ".self_attn." in n for n in changed)
+    out = run(model, inputs(family))[0]
+    gradients = torch.autograd.grad(out.square().sum(), surgery.parameters(), allow_unused=True)
+    assert sum(g is not None and bool(g.abs().max() > 0) for g in gradients[inherited:]) >= len(new) // 2
+    with torch.no_grad():
+        found = run(model, inputs(family))[0]
+        copied = copy.deepcopy(model)
+        with surgery.teacher():
+            assert torch.equal(run(model, inputs(family))[0], expected)
+            assert [id(p) for p in surgery.parameters()[inherited:]] == [id(p) for p in new]
+        assert torch.equal(run(model, inputs(family))[0], found)
+        with pytest.raises(InputError, match="start: inherit"), surgery.watch(lambda *args: None):
+            pass
+        with pytest.raises(InputError, match="save the whole model"):
+            files.save_adapter(model, tmp_path / "adapter", base=None)
+        files.save(model, tmp_path / "model")
+        assert torch.equal(run(files.load(tmp_path / "model").eval(), inputs(family))[0], found)
+        surgery.detach()
+        assert torch.equal(run(copied, inputs(family))[0], found)
+        with linearize.Surgery.of(copied).teacher():
+            assert torch.equal(run(copied, inputs(family))[0], expected)
+        with linearize.Surgery.of(copied.double()).teacher():  # kept aside, it goes where the model goes
+            torch.testing.assert_close(run(copied, inputs(family))[0], expected.double(), atol=1e-4, rtol=0)
+    assert {name: id(p) for name, p in model.named_parameters()} == {name: b[0] for name, b in before.items()}
+    assert all(torch.equal(p, before[name][1]) for name, p in model.named_parameters())
+
+
 @text
 def test_text_has_no_rows_and_columns(family):
     for method in ("lit", "clear"):

@@ -96,6 +96,11 @@ class Mixer(nn.Module, ABC):
         return self.parallel(q_BHTK, k_BGTK, v_BGTV, ctx)
 
     @property
+    def starts_afresh(self) -> bool:
+        """Whether the projections of the attention module start anew (attach keeps the teacher's aside)."""
+        return False
+
+    @property
     def needs_rotary(self) -> bool:
         """Whether this mixer, as configured, takes q and k apart from their rotary embedding."""
         return "rotary" in self.needs

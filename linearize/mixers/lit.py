@@ -44,6 +44,10 @@ class LiT(Mixer):
         feature_map: FeatureMapName = "relu"
         kernel: int = Field(default=5, ge=1, description="side of the convolution, odd")
         normaliser: Literal["sum", "inline"] = "sum"
+        start: Literal["inherit", "afresh"] = Field(
+            default="inherit",
+            description="q, k, v, o of the module: the teacher's, or new as in the paper",
+        )
         norm: Literal["none", "center", "instance"] = Field(default="none", description="of q and k over the tokens")
         eps: float = Field(default=1e-6, gt=0)
 
@@ -62,6 +66,10 @@ class LiT(Mixer):
         self.map_k = FeatureMap(c.feature_map, self.heads, shape.key_dim * self.joined)
         self.filter_HVYX = nn.Parameter(torch.zeros(H, V, c.kernel, c.kernel))
         self.bias_HV = nn.Parameter(torch.zeros(H, V))
+
+    @property
+    def starts_afresh(self) -> bool:
+        return self.config.start == "afresh"
 
     @property
     def signed(self) -> bool:

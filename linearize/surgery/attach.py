@@ -21,6 +21,7 @@ from linearize.seams import dit, grid, hf, hooks, interface
 from linearize.surgery.port import CHILD, PORT, Port, Watcher, made_subclass
 from linearize.surgery.probe import probe as check
 from linearize.surgery.probe import small_forward
+from linearize.surgery.renew import renew
 from linearize.surgery.select import BIAS, WINDOWED, find, original_class
 from linearize.types import InputError, Site, Unsupported
 
@@ -63,8 +64,9 @@ class Surgery:
         return None if None in counted else sum(n for n in counted if n is not None)
 
     def parameters(self) -> list[nn.Parameter]:
-        """The mixers' parameters, in the order of the sites."""
-        return [p for mixer in self.mixers.values() for p in mixer.parameters()]
+        """The mixers' parameters, in the order of the sites, and projections that started afresh."""
+        new = [r.aside if port.mode == "teacher" else r.present for port in self._ports() for r in port.renewed]
+        return [*(p for mixer in self.mixers.values() for p in mixer.parameters()), *new]
 
     def _ports(self) -> list[Port]:
         return [module.__dict__[PORT] for module in self._modules.values() if PORT in module.__dict__]
@@ -75,20 +77,26 @@ class Surgery:
         """The model as it was: the family's own softmax at every site, and LoRA off where it was injected."""
         before = [port.mode for port in self._ports()]
         for port in self._ports():
-            port.mode = "teacher"
+            _turn(port, "teacher")
         layers = hooks.lora_off(self.model)
         self._sync_masks()
         try:
             yield
         finally:
             for port, mode in zip(self._ports(), before, strict=True):
-                port.mode = mode
+                _turn(port, mode)
             hooks.lora_on(layers)
             self._sync_masks()
 
     @contextlib.contextmanager
     def watch(self, watcher: Watcher) -> Iterator[None]:
-        """The stream stays the teacher's; each site calls watcher(site, mixer, q, k, v, ctx, teacher's o_BHTV)."""
+        """The stream stays the teacher's; each site calls watcher(site, mixer, q, k, v, ctx, teacher's o_BHTV). Raises
+        InputError where the projections started afresh: there is no teacher of the same q, k, v then."""
+        if any(port.renewed for port in self._ports()):
+            raise InputError(
+                f"{self.method}: with start: afresh teacher and student share no q, k, v: leave transfer out, or set "
+                "start: inherit"
+            )
         for port in self._ports():
             port.watcher = watcher
         self._sync_masks()
@@ -116,7 +124,7 @@ class Surgery:
     def switch(self, on: bool) -> None:
         """The mixers answer (on), or the family's own softmax does; LoRA stays as it is."""
         for port in self._ports():
-            port.mode = "student" if on else "teacher"
+            _turn(port, "student" if on else "teacher")
         self._sync_masks()
 
     def _sync_masks(self) -> None:
@@ -153,6 +161,7 @@ class Surgery:
             if PORT not in module.__dict__:  # detached already, through another handle
                 continue
             port: Port = module.__dict__[PORT]
+            _turn(port, "teacher")
             with hooks.reclassing(name, module):
                 module.__class__ = port.cls
                 if port.site.seam == "interface":
@@ -173,13 +182,15 @@ def attach(
     *,
     probe: Callable[[nn.Module], Any] | None | bool = True,
     beside: bool = False,
+    renewing: bool = True,
 ) -> Surgery:
     """Replace softmax at `sites` (None: everywhere) by `method`. Idempotent: an earlier conversion is detached first,
     unless it is to stay `beside` this one, on other sites.
 
     method: a name, or a Mixer class of your own. config: the mixer's settings. probe: one small forward after the
     surgery proves that every site fires at each of its calls, with what it was planned for; pass a callable for models
-    that need special inputs, False to skip (meta).
+    that need special inputs, False to skip (meta). renewing: False where weights are loaded afterwards, so that what a
+    method starts afresh is among them.
     Raises Unsupported when the method does not fit, a hook is in the way, or the probe fails; the model is then as it
     was.
     """
@@ -211,7 +222,7 @@ def attach(
         for site in chosen:
             module = model.get_submodule(site.name)
             with hooks.reclassing(site.name, module):
-                _operate(model, module, site, method, settings)
+                _operate(model, module, site, method, settings, renewing)
             surgery._modules[site.name] = module
         if probe is not False:
             check(model, surgery._ports(), probe if callable(probe) else small_forward)
@@ -224,7 +235,22 @@ def attach(
     return surgery
 
 
-def _operate(model: nn.Module, module: nn.Module, site: Site, method: str | type[Mixer], settings: MixerConfig) -> None:
+def _turn(port: Port, mode: str) -> None:
+    """Change the mode, and with it whose projections are in their place."""
+    if (port.mode == "teacher") != (mode == "teacher"):
+        for renewed in port.renewed:
+            renewed.swap()
+    port.mode = mode
+
+
+def _operate(
+    model: nn.Module,
+    module: nn.Module,
+    site: Site,
+    method: str | type[Mixer],
+    settings: MixerConfig,
+    renewing: bool,
+) -> None:
     cls = type(module)
     mixer = mixers.build(method, site.shape, settings).to(hooks.device(module))
     patches: grid.Grid | None = None
@@ -258,6 +284,8 @@ def _operate(model: nn.Module, module: nn.Module, site: Site, method: str | type
             raise Unsupported(f"masks of {port.teacher} cannot be read; load the model with attn_implementation='sdpa'")
         module.config = copy.copy(own)  # only converted modules are routed to the mixers
         hf.set_implementation(module.config, interface.NAME)
+    if mixer.starts_afresh and renewing:
+        port.renewed = renew(site.name, module)
     module.add_module(CHILD, mixer)
     module.__dict__[PORT] = port
     module.__class__ = made_subclass(cls, site.seam)

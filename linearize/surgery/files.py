@@ -72,7 +72,7 @@ def repeat(model: nn.Module, block: Mapping[str, Any]) -> Surgery:
     torch.set_default_dtype(torch.float32)  # mixers are float32 whatever the base is built in
     try:
         chosen = [here[s["name"]] for s in block["sites"]]
-        surgery = attach(model, chosen, block["method"], dict(block["mixer"]), probe=False)
+        surgery = attach(model, chosen, block["method"], dict(block["mixer"]), probe=False, renewing=False)
     finally:
         torch.set_default_dtype(before)
     for site in block["sites"]:
@@ -365,6 +365,8 @@ def write_adapter(
 
     surgery = _surgery(model)
     model, folder = surgery.model, Path(folder)
+    if any(mixer.starts_afresh for mixer in surgery.mixers.values()):
+        raise InputError("projections that started afresh are no part of an adapter: save the whole model")
     tensors = {name: t.detach().cpu().contiguous() for name, t in _added(model).items()}
     said = {
         "format": FORMAT,

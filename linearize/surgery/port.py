@@ -14,6 +14,7 @@ from linearize.mixers.base import Mixer
 from linearize.seams import dit, hf, interface, sdpa
 from linearize.seams.cache import StateLayer, state_layer
 from linearize.seams.grid import Grid, Layout
+from linearize.surgery.renew import Renewed
 from linearize.types import Context, InputError, Rotary, Site, Unsupported
 
 #: the child module that holds a mixer; families own names like `linear_attn` themselves
@@ -53,6 +54,7 @@ class Port:
     parameters: tuple[str, ...]
     teacher: str  # implementation name of the family's own softmax
     config: Any  # the module's own config object, to put back
+    renewed: list[Renewed] = field(default_factory=list)  # projections that the student has of its own
     mode: str = "student"
     watcher: Watcher | None = None
     grid: Grid | None = None  # of the tower around it, where its tokens are patches
