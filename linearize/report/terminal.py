@@ -110,11 +110,11 @@ def listed(answer: Listing) -> RenderableType:
     table = _table(*columns)
     for row in answer.rows:
         table.add_row(*(escape(_words(key, row[key])) for key in columns))
-    said: dict[str, list[str]] = {}
+    said: dict[tuple[str, str], list[str]] = {}
     for row in answer.rows:
         for where, why in row.get("refuses", {}).items():
-            said.setdefault(f"{row['name']}: {why}", []).append(where)
-    lines = [f"not for {', '.join(where)}: {why}" for why, where in said.items()]
+            said.setdefault((row["name"], why), []).append(where)
+    lines = [f"{name}, not for {', '.join(where)}: {why}" for (name, why), where in said.items()]
     return Group(table, Text("\n".join(lines))) if lines else table
 
 
