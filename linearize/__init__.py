@@ -26,10 +26,12 @@ _VERBS = {
     "restore": "linearize.surgery.state",
     "snapshot": "linearize.surgery.state",
 }
-__all__ = ["__version__", *_VERBS]
+__all__ = ["__version__", "pipelines", *_VERBS]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "pipelines":  # the plug-in for diffusers
+        return import_module("linearize.pipelines")
     if name not in _VERBS:
         raise AttributeError(f"module 'linearize' has no attribute {name!r}")
     return getattr(import_module(_VERBS[name]), name)

@@ -165,7 +165,7 @@ def test_hedgehog_converts_forward_and_backward(family):
         torch.testing.assert_close(together[i : i + 1], run(model, alone), atol=2e-4, rtol=0)
 
 
-@pytest.mark.parametrize("family", [f for f in DIFFUSION if f not in VIDEO])
+@every
 def test_clear_beyond_the_diagonal_is_the_teacher(family):
     model = pico_diffusion(family)
     inputs = small_inputs(model, grid_of(family), 2, TEXT)
@@ -180,12 +180,65 @@ def test_clear_beyond_the_diagonal_is_the_teacher(family):
         torch.testing.assert_close(near[i : i + 1], run(model, alone), atol=2e-4, rtol=0)
 
 
+def calls_of(model, surgery, inputs):
+    """(mixer, q, k, v, context) of every converted call, float64."""
+    calls = []
+
+    def look(site, mixer, q, k, v, ctx, out):
+        calls.append((mixer.double(), *(x.double() for x in (q, k, v)), ctx))
+
+    with torch.no_grad(), surgery.watch(look):
+        output(model, inputs)
+    return calls
+
+
+@pytest.mark.parametrize("family", ["cogvideox", "wan"])
+@pytest.mark.parametrize("frames", [None, 1, 2])
+def test_clear_on_video_is_its_dense_twin(family, frames):
+    model = pico_diffusion(family)
+    surgery = linearize.attach(model, None, "clear", {"radius": 2, "frames": frames, "proportional": 20})
+    inputs = small_inputs(model, (3, 3, 5), 2, TEXT)
+    for mixer, q, k, v, ctx in calls_of(model, surgery, inputs):
+        found, weights = mixer(q, k, v, ctx), mixer.dense(q, k, v, ctx)
+        assert (found - weights @ v).abs().max() < 1e-9
+        pairs = 2.0 * (weights[0, 0] > 0).sum() * 2 * 16 * 2
+        assert mixer.cost_of(ctx.grid, ctx.prefix + ctx.suffix).flops == pairs
+    near = run(model, inputs)
+    model.float()
+    torch.autograd.grad(output(model, inputs).sum(), [p for n, p in model.named_parameters() if "to_k.weight" in n][:2])
+    assert near.isfinite().all()
+
+
+@pytest.mark.parametrize("family", ["flux", "sd3", "pixart"])
+def test_clear_reads_means_of_squares(family):
+    """down: softmax over text, circle and, for patches alone, the mean of each square."""
+    model = pico_diffusion(family)
+    surgery = linearize.attach(model, None, "clear", {"radius": 2, "down": 2})
+    for mixer, q, k, v, ctx in calls_of(model, surgery, small_inputs(model, (4, 6), 2, TEXT)):
+        first, last, T = ctx.prefix, q.shape[2] - ctx.suffix, q.shape[2]
+        seen = mixer._seen(ctx, q, slice(None))[0]
+        patch = torch.zeros(T, dtype=torch.bool)
+        patch[first:last] = True
+
+        def means(x, first=first, last=last):
+            return torch.nn.functional.avg_pool2d(x[:, :, first:last].mT.unflatten(3, (4, 6)).flatten(0, 1), 2)
+
+        keys, values = (torch.cat([x, means(x).flatten(2).mT.unflatten(0, x.shape[:2])], 2) for x in (k, v))
+        mask = torch.cat([seen, patch[:, None].expand(T, keys.shape[2] - T)], 1)
+        expected = torch.nn.functional.scaled_dot_product_attention(q, keys, values, mask, scale=ctx.scale)
+        assert (mixer(q, k, v, ctx) - expected).abs().max() < 1e-9
+    with pytest.raises(InputError, match="does not divide a grid of 3 x 6"):
+        run(model.float(), small_inputs(model, (3, 6), 1, TEXT))
+
+
 @joint
-@pytest.mark.parametrize("rule", ["lse", "lolcats"])
-def test_text_stays_exact(family, rule):
+@pytest.mark.parametrize("settings", [{}, {"combine": "lolcats"}, {"radius": 2}], ids=str)
+def test_text_stays_exact(family, settings):
     """Joint hedgehog is its dense twin; rows of text are the teacher's."""
     model = pico_diffusion(family)
-    surgery = linearize.attach(model, None, "hedgehog", {"combine": rule})
+    if family in VIDEO and "radius" in settings:
+        pytest.skip("a circle beside the linear branch is for images")
+    surgery = linearize.attach(model, None, "hedgehog", settings)
     calls = []
 
     def look(site, mixer, q, k, v, ctx, out):

@@ -48,6 +48,8 @@ def test_example(name, tmp_path):
     run = [sys.executable, str(EXAMPLES / name), *ARGUMENTS.get(name, [])]
     done = subprocess.run(run, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-2000:]
+    if name == "plug_in.py":
+        assert "removed without a trace: True" in done.stdout
     if name == "decode_with_a_state.py":
         assert "the same as from the whole prompt: True" in done.stdout
     if name == "attention_pictures.py":

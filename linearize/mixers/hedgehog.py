@@ -89,15 +89,15 @@ class Hedgehog(Hybrid):
         if state is None:
             state = self.empty_state(q_BHTK.shape[0], q_BHTK.device, k_BGTK.dtype)
         q_lin, k_lin = self._unrotated(q_BHTK, k_BGTK, ctx)
+        if self.circle is not None:
+            far, mass, _ = self._linear(q_lin, k_lin, v_BGTV, ctx.valid_BT, ctx, circle=self.circle.circle(ctx))
+            return Branches(self.circle.two_sided(q_BHTK, k_BGTK, v_BGTV, ctx), far, mass), ()
         if self.shape.joint:
             text_T = beside_grid(ctx, q_BHTK)
             image_BT = ~text_T.expand(len(q_BHTK), -1) if ctx.valid_BT is None else ctx.valid_BT & ~text_T
             far, mass, _ = self._linear(q_lin, k_lin, v_BGTV, image_BT, ctx)
             mass = mass.masked_fill(text_T, 0)  # text has read everybody already
             return Branches(text_softmax(q_BHTK, k_BGTK, v_BGTV, ctx), far, mass), ()
-        if self.circle is not None:
-            far, mass, _ = self._linear(q_lin, k_lin, v_BGTV, ctx.valid_BT, ctx, circle=self.circle.circle(ctx))
-            return Branches(self.circle.two_sided(q_BHTK, k_BGTK, v_BGTV, ctx), far, mass), ()
         if self.local is None:
             far, mass, state = self._linear(
                 q_lin, k_lin, v_BGTV, ctx.valid_BT, ctx, state[:1], self._fading(k_lin, ctx)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from linearize.ops._dispatch import compute_dtype
-from linearize.ops._softmax import weigh
+from linearize.ops._softmax import attend
 from linearize.ops.bidirectional import Circle
 from linearize.ops.local2d import local2d
 from linearize.ops.local2d.reference import circle
@@ -52,20 +52,10 @@ def text_softmax(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTV: Tensor, ctx: Context) -
     def beside(x: Tensor) -> Tensor:
         return torch.cat([x[..., :first, :], x[..., last:, :]], -2)
 
-    def softmax(q: Tensor, k: Tensor, v: Tensor, valid_BS: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        if k.shape[2] == 0:
-            nothing = q.new_full(q.shape[:3], -torch.inf)
-            return q.new_zeros(*q.shape[:3], v.shape[-1]), nothing, nothing
-        scores = q @ k.mT * ctx.scale
-        if valid_BS is not None:
-            scores = scores.masked_fill(~valid_BS[:, None, None], -torch.inf)
-        weights, filled, lse, top = weigh(scores)
-        return (weights @ v) / filled[..., None], lse, top
-
     valid_BT = ctx.valid_BT
     valid_text = None if valid_BT is None else beside(valid_BT[..., None])[..., 0]
-    image = softmax(q[:, :, first:last], beside(k), beside(v), valid_text)
-    text = softmax(beside(q), k, v, valid_BT)
+    image = attend(q[:, :, first:last], beside(k), beside(v), ctx.scale, valid_text)
+    text = attend(beside(q), k, v, ctx.scale, valid_BT)
     return WindowOutput(*(torch.cat([t[:, :, :first], i, t[:, :, first:]], 2) for t, i in zip(text, image)))
 
 
@@ -75,7 +65,7 @@ class CircleBranch:
 
     def __init__(self, radius: int, shape: SiteShape) -> None:
         self.radius = radius
-        if not shape.image or shape.joint:
+        if not shape.image:
             raise Unsupported("radius counts patches of an image, and there are none here: set radius: 0")
 
     def circle(self, ctx: Context) -> Circle:

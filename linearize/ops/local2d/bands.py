@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from linearize.ops._dispatch import compute_dtype
-from linearize.ops._softmax import weigh
+from linearize.ops._softmax import attend, merge
 from linearize.ops.local2d import local2d
 
 
@@ -56,31 +56,18 @@ def local2d_bands(
     patches = (near.output[:, :, mine], near.lse[:, :, mine])
     if not prefix and not suffix:
         return patches[0].to(q_BHTK.dtype)
-    patches = _merged(patches, _softmax(own_q, text(k), text(v), scale))
-    words = _merged(
-        _everywhere(_softmax(text(q), own_k, own_v, scale), group), _softmax(text(q), text(k), text(v), scale)
-    )
-    return torch.cat([words[0][:, :, :prefix], patches[0], words[0][:, :, prefix:]], 2).to(q_BHTK.dtype)
+    out, _ = merge(*patches, *attend(own_q, text(k), text(v), scale)[:2])
+    read = _everywhere(*attend(text(q), own_k, own_v, scale)[:2], group)
+    words, _ = merge(*read, *attend(text(q), text(k), text(v), scale)[:2])
+    return torch.cat([words[:, :, :prefix], out, words[:, :, prefix:]], 2).to(q_BHTK.dtype)
 
 
-def _softmax(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """(output, log-sum-exp) over all keys."""
-    weights = weigh(q @ k.mT * scale)
-    return (weights.exp @ v) / weights.filled[..., None], weights.lse
-
-
-def _merged(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Softmax over the keys of both."""
-    lse = torch.logaddexp(a[1], b[1])
-    return sum((x[1] - lse).exp()[..., None] * x[0] for x in (a, b)), lse  # type: ignore[return-value]
-
-
-def _everywhere(part: tuple[Tensor, Tensor], group: Any) -> tuple[Tensor, Tensor]:
+def _everywhere(out: Tensor, lse: Tensor, group: Any) -> tuple[Tensor, Tensor]:
     """Softmax over the keys of all processes, from each one's own."""
-    top = part[1].clone()
+    top = lse.clone()
     dist.all_reduce(top, dist.ReduceOp.MAX, group)
-    mass = (part[1] - top).exp()
-    total = torch.cat([part[0] * mass[..., None], mass[..., None]], -1)
+    mass = (lse - top).exp()
+    total = torch.cat([out * mass[..., None], mass[..., None]], -1)
     dist.all_reduce(total, dist.ReduceOp.SUM, group)
     return total[..., :-1] / total[..., -1:], top + total[..., -1].log()
 
