@@ -33,9 +33,10 @@ def stage_problems(plan: Plan, at: str, stage: StagePlan, settings: Any) -> list
         return found
     if stage.far_weight and not stage.output:
         found.append(f"{at}.far_weight: it weighs the output error: give output a weight above 0")
+    near = "radius" if plan.task == "image" else "window"
     for key in ("far", "mass", "window_drop", "far_weight"):
-        if getattr(stage, key) and settings is not None and not getattr(settings, "window", None):
-            found.append(f"{at}.{key}: needs a window: set method.mixer.window, or {key} to 0")
+        if getattr(stage, key) and settings is not None and not getattr(settings, near, None):
+            found.append(f"{at}.{key}: needs a window: set method.mixer.{near}, or {key} to 0")
     return found
 
 

@@ -240,6 +240,10 @@ def test_lit_and_clear_take_the_same_road(vit, images, tmp_path):
     done = api.convert(vit, "clear", data=str(images), overrides=settings, output_dir=tmp_path / "clear")
     student = done.report.row("student")
     assert student is not None and student.agreement == 1 and done.report.stages == []  # beyond the diagonal
+    settings = {**SMALL, "method.mixer.radius": 2, "stages.transfer.far": 0.5, "gate.cosine": 0.01}
+    done = api.convert(vit, data=str(images), overrides=settings, max_steps=2, output_dir=tmp_path / "circle")
+    assert {"window_off", "linear_off"} <= {row.name for row in done.report.rows}
+    assert any("linear branch" in line for line in [done.report.verdict.headline, *done.report.verdict.lines])
     with pytest.raises(InputError, match="may be negative"):
         inline = {**SMALL, "method.mixer.normaliser": "inline", "stages.transfer.map": 1.0}
         api.plan(vit, "lit", overrides=inline)
