@@ -392,7 +392,7 @@ class Plan(BaseModel):
         ]
         for stage in self.stages:
             losses = " + ".join(f"{getattr(stage, k):g} {k}" for k in LOSSES[stage.kind] if getattr(stage, k))
-            steps = f" in {stage.steps(self.data.length):,} steps" if self.task == "text" else ", steps"
+            steps = f" in {stage.steps(self.data.length):,} steps" if self.task == "text" else " in batches"
             line = (
                 f"{stage.kind:<10}{stage.tokens:,} tokens{steps} of {stage.batch},"
                 f" lr {stage.lr:g} {stage.schedule}, loss {losses}"
