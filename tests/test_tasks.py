@@ -168,6 +168,8 @@ def test_a_converted_classifier_reloads_the_same_three_ways(seen):
     with torch.no_grad():
         assert torch.equal(ours(pixel_values=pixels).logits, theirs(pixel_values=pixels).logits)
     assert [site["mixer"] for site in api.inspect(seen).sites] == ["hedgehog"] * 2
+    with pytest.raises(InputError, match="generate continues text"):
+        api.generate(seen)
 
 
 def test_images_are_measured_again(seen, images):
@@ -363,6 +365,13 @@ def test_a_model_of_two_towers_and_an_encoder_decoder_are_refused():
     for family, says in (("t5", "encoder-decoder"), ("clip", "several towers")):
         with pytest.raises(Unsupported, match=says):
             resolve(None, recipe={"model": {"form": {"model_type": family}}}, offline=True)
+
+
+def test_a_method_that_does_not_fit_is_refused_with_its_reason(vit, bert, texts, tmp_path):
+    for method, model, says in (("clear", bert, "no rows and columns"), ("lit", bert, "text has none")):
+        with pytest.raises(Unsupported, match=says) as caught:
+            api.convert(model, method, data=str(texts), output_dir=tmp_path / "o")
+        assert caught.value.code == 3 and not list(tmp_path.iterdir())
 
 
 def test_the_task_is_told_by_the_model(vit, bert):
