@@ -196,8 +196,8 @@ class GatePlan(BaseModel):
     """What the result must reach, else exit code 4.
 
     Text: linear_gain, the NLL, in nats, that the linear branch must save (True: any); perplexity_ratio, student over
-    teacher, at most. Encoders: retained, the share of the teacher's own top-1 or Spearman that is left; cosine, of the
-    features to the teacher's; mrr, of retrieval: at least.
+    teacher, at most. Encoders: retained and mrr, the shares that are left of the teacher's own top-1 or Spearman, and
+    of its MRR; cosine, of the features to the teacher's: at least.
     """
 
     model_config = _STRICT
@@ -205,7 +205,7 @@ class GatePlan(BaseModel):
     perplexity_ratio: float | None = Field(default=None, gt=0)
     retained: float | None = Field(default=None, gt=0)
     cosine: float | None = Field(default=None, gt=0, le=1)
-    mrr: float | None = Field(default=None, gt=0, le=1)
+    mrr: float | None = Field(default=None, gt=0)
 
 
 class OutputPlan(BaseModel):

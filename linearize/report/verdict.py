@@ -131,6 +131,9 @@ def _encoder(rows: Sequence[Row], student: Row, gate: Mapping[str, Any]) -> Verd
     for key in ("retained", "cosine", "mrr"):
         if (least := gate.get(key)) is not None:
             got = getattr(student, key)
+            if key == "mrr":  # passages of one kind are alike: the teacher itself does not find them all
+                own = getattr(find(rows, "teacher"), key, None)
+                got = got / own if got is not None and own else None
             passed = got is not None and got >= least
             gates.append(Gate(name=key, bound="at least", wanted=least, got=got, passed=passed))
     share = f"{100 * student.retained:.2f} % of the teacher's {words}" if student.retained is not None else None
