@@ -25,7 +25,7 @@ from linearize.conversion import work_folder
 from linearize.data.images import read_images
 from linearize.data.text import Tokens
 from linearize.plan import Plan
-from linearize.report import readme, schema
+from linearize.report import readme, schema, verdict
 from linearize.resolve import resolve
 from linearize.testing.pico import pico, pico_config
 from linearize.types import GateError, InputError, Unsupported
@@ -359,6 +359,19 @@ def test_labels_outside_the_head_and_a_missed_gate(vit, images, home, tmp_path):
         settings = {**SMALL, "gate.retained": 50.0}
         api.convert(vit, data=str(images), overrides=settings, max_steps=1, output_dir=tmp_path / "o")
     assert (tmp_path / "o" / "report.json").is_file()
+
+
+def test_the_verdict_on_an_encoder():
+    teacher = schema.Row(name="teacher", spearman=0.8, cosine=1, mrr=0.5)
+    student = schema.Row(name="student", spearman=0.76, retained=0.95, cosine=0.97, mrr=0.45)
+    found = verdict.judge([teacher, student], {"retained": 0.94, "cosine": 0.98, "mrr": 0.9})
+    assert found.level == "failed" and [gate.passed for gate in found.gates] == [True, False, True]
+    assert found.gates[2].got == pytest.approx(0.9)
+    assert verdict.judge([teacher, student]).headline == "95.00 % of the teacher's Spearman correlation"
+    window = schema.Row(name="zero-token window", spearman=0.77, cosine=0.9)
+    assert verdict.judge([teacher, student, window]).level == "weak"
+    off = schema.Row(name="linear_off", spearman=0.76, cosine=0.97)
+    assert verdict.judge([teacher, student, off]).level == "dead"
 
 
 def test_a_model_of_two_towers_and_an_encoder_decoder_are_refused():
