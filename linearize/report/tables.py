@@ -376,9 +376,15 @@ def _rich(table: Table) -> Any:
         title=Text(table.title) if table.title else None,
         caption=Text("\n".join(table.notes)) if table.notes else None,
         box=box.SIMPLE_HEAD, title_style="bold", title_justify="left", caption_justify="left", pad_edge=False,
+        collapse_padding=True,
     )  # fmt: skip
     for i, name in enumerate(table.columns):
-        out.add_column(Text(name), justify="right" if i else "left", no_wrap=i > 0, overflow="fold")
+        # Where it is narrow, headers are folded; numbers never are, nor short names of rows.
+        widest = max((len(_text(row[i])) for row in table.rows), default=0)
+        out.add_column(
+            Text(name), justify="right" if i else "left", min_width=min(widest, 24), overflow="fold",
+            no_wrap=i == 0 and widest <= 24,
+        )  # fmt: skip
     for i, row in enumerate(table.rows):
         out.add_row(*(Text(_text(cell)) for cell in row), style="bold" if i in table.strong else None)
     return out
