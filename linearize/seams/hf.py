@@ -104,7 +104,7 @@ def named(name: str | None) -> Any:
 
 def mapped(auto: type[Any], config: type[Any]) -> tuple[type[Any], ...]:
     """The model classes that an auto class knows for a configuration class."""
-    found = getattr(auto, "_model_mapping", None)
+    found: Any = getattr(auto, "_model_mapping", None)
     made = found.get(config, None) if hasattr(found, "get") else None
     return made if isinstance(made, tuple) else () if made is None else (made,)
 
