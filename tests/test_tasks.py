@@ -157,7 +157,7 @@ def test_images_are_measured_by_classes_and_features(seen):
     assert report.curves["ratio"].y and {gaze.grid for gaze in report.diagnostics.gazes} == {(3, 5)}
     assert report.diagnostics.image and report.sample[0].image
     page = (seen / "report.html").read_text()
-    assert "Attention over the image" in page and "patch cosine" in page
+    assert "Attention over the image" in page and "<th>patches</th>" in page
     assert "image-classification" in (seen / "README.md").read_text()
 
 

@@ -178,12 +178,12 @@ def quality_table(run: Run, lengths: Sequence[int] = LENGTHS) -> Table:
 #: of encoders: the columns of each task, with the words under the table
 ENCODERS: dict[str, list[tuple[str, str]]] = {
     "image": [
-        ("top-1", "accuracy"), ("of the teacher's", "retained"), ("agreement", "agreement"), ("KL", "kl"),
-        ("feature cosine", "cosine"), ("patch cosine", "dense_cosine"),
+        ("top-1", "accuracy"), ("share", "retained"), ("agree", "agreement"), ("KL", "kl"), ("cosine", "cosine"),
+        ("patches", "dense_cosine"),
     ],
     "sentences": [
-        ("Spearman", "spearman"), ("of the teacher's", "retained"), ("top-1", "accuracy"), ("agreement", "agreement"),
-        ("KL", "kl"), ("cosine", "cosine"), ("token cosine", "dense_cosine"), ("MRR", "mrr"),
+        ("top-1", "accuracy"), ("Spearman", "spearman"), ("share", "retained"), ("agree", "agreement"), ("KL", "kl"),
+        ("cosine", "cosine"), ("tokens", "dense_cosine"), ("MRR", "mrr"),
     ],
 }  # fmt: skip
 _PERCENT = ("accuracy", "retained", "agreement", "mrr")
@@ -204,10 +204,12 @@ def encoder_table(rows: Sequence[Row], task: str, evaluation: str, name: Callabl
         for row in shown
     ]
     notes = [f"Measured on {evaluation}."] if evaluation else []
+    if any(row.retained is not None for row in rows):
+        notes.append("Share: of the teacher's own score, the first column.")
     if any(row.agreement is not None for row in rows):
-        notes.append("Agreement: the likeliest class is the teacher's. KL(teacher || student) in nats per example.")
-    what = "patch" if task == "image" else "token"
-    notes.append(f"Cosines are to the teacher's own: of the pooled feature, and of each {what}'s last hidden state.")
+        notes.append("Agree: the likeliest class is the teacher's. KL(teacher || student) in nats per example.")
+    what = "patches" if task == "image" else "tokens"
+    notes.append(f"Cosine: of the pooled feature to the teacher's; {what}: the same of each last hidden state.")
     if any(row.mrr is not None for row in rows):
         notes.append("MRR: how high the second half of a passage ranks among all, looked for by the first.")
     strong = {i for i, row in enumerate(shown) if row.name == "student"}

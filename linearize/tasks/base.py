@@ -27,6 +27,13 @@ Say = Callable[[str], None]
 HELD_OUT = "held_out.safetensors"
 
 
+def called(source: Any, otherwise: str) -> str:
+    """A source of data in words, without the folders of this machine. otherwise: where none is named."""
+    if source is None:
+        return otherwise
+    return Path(source).name if Path(source).exists() else str(source)
+
+
 class Exam(ABC):
     """What a table is measured on, the same for all of its rows. count: of `unit`; words: all that in words.
 

@@ -21,7 +21,7 @@ from linearize.report import looks, schema
 from linearize.stages.targets import outputs
 from linearize.storage import write_atomic
 from linearize.surgery.attach import Surgery
-from linearize.tasks.base import HELD_OUT, Exam, Pool, Say, Task, Teacher, diagnosed
+from linearize.tasks.base import HELD_OUT, Exam, Pool, Say, Task, Teacher, called, diagnosed
 from linearize.tasks.encoder import Compared
 from linearize.types import InputError
 
@@ -110,8 +110,8 @@ class Image(Task):
 
     def _pictures(self, images: Images) -> Pictures:
         plan = self.plan
-        source = plan.eval.source or plan.data.valid or f"held-out part of {plan.data.source or 'the images given'}"
-        name = Path(source).name if Path(source).exists() else source
+        own = f"held-out part of {called(plan.data.source, 'the images given')}"
+        name = called(plan.eval.source or plan.data.valid, own)
         rows, columns = images.size
         words = f"{name}: {len(images)} images of {rows} x {columns} pixels"
         return Pictures(images, plan, self.pool, words)

@@ -22,7 +22,7 @@ from linearize.plan import Plan
 from linearize.report import looks, schema
 from linearize.storage import write_atomic
 from linearize.surgery.attach import Surgery
-from linearize.tasks.base import HELD_OUT, Exam, Pool, Say, Task, Teacher, Variant, diagnosed
+from linearize.tasks.base import HELD_OUT, Exam, Pool, Say, Task, Teacher, Variant, called, diagnosed
 from linearize.tasks.encoder import Compared
 from linearize.types import InputError
 
@@ -144,8 +144,8 @@ class Sentence(Task):
 
     def _texts(self, data: Sentences) -> Texts:
         plan = self.plan
-        source = plan.eval.source or plan.data.valid or f"held-out part of {plan.data.source or 'the texts given'}"
-        name = Path(source).name if Path(source).exists() else source
+        own = f"held-out part of {called(plan.data.source, 'the texts given')}"
+        name = called(plan.eval.source or plan.data.valid, own)
         words = f"{name}: {len(data)} texts of at most {data.length} tokens"
         pairs = None
         if plan.eval.pairs:

@@ -19,7 +19,7 @@ from linearize.plan import Plan
 from linearize.report import looks, schema
 from linearize.storage import write_atomic
 from linearize.surgery.attach import Surgery
-from linearize.tasks.base import HELD_OUT, Exam, Say, Task, Teacher, Variant, diagnosed
+from linearize.tasks.base import HELD_OUT, Exam, Say, Task, Teacher, Variant, called, diagnosed
 from linearize.types import InputError
 
 PROMPT_TOKENS = 24  # of a prompt for the side-by-side sample
@@ -149,10 +149,8 @@ class Text(Task):
 
     def _documents(self, documents: list[Tensor]) -> Documents:
         plan = self.plan
-        source = (
-            plan.eval.source or plan.data.valid or f"held-out part of {plan.data.source or 'text the teacher wrote'}"
-        )
-        name = Path(source).name if Path(source).exists() else source
+        own = f"held-out part of {called(plan.data.source, 'text the teacher wrote')}"
+        name = called(plan.eval.source or plan.data.valid, own)
         words = f"{name}: {len(documents)} documents of at most {plan.eval.length} tokens"
         return Documents(documents, plan, words)
 
