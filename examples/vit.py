@@ -17,14 +17,14 @@ parser.add_argument("--out", help="folder for the converted model")
 arguments = parser.parse_args()
 
 loaded = load_model(arguments.model, task="image")
-plan = linearize.plan(loaded.model, arguments.method).plan  # clear has nothing to transfer
+stages = ["finetune"] if arguments.method == "clear" else ["transfer", "finetune"]  # clear has nothing to transfer
 converted = linearize.convert(
     loaded.model,
     arguments.method,
     data=arguments.images,
     tokenizer=loaded.processor,
     output_dir=arguments.out,
-    overrides={f"stages.{stage.kind}.tokens": arguments.tokens for stage in plan.stages},
+    overrides={f"stages.{stage}.tokens": arguments.tokens for stage in stages},
 )
 for row in converted.report.rows:
     figures = {key: getattr(row, key) for key in ("accuracy", "agreement", "cosine") if getattr(row, key) is not None}

@@ -33,9 +33,8 @@ def test_example(name, tmp_path):
     lines = [f'{{"text": "{STORY.format(a) * n}"}}' for a in animals for n in range(2, 6)]
     (tmp_path / "stories.jsonl").write_text("\n".join(lines))
     if name == "encoder.py":
-        (tmp_path / "sentences.txt").write_text(
-            "\n".join(STORY.format(a)[:n] for a in animals for n in range(20, 90, 2))
-        )
+        days = [f"Day {n}. {STORY.format(animal)}" for animal in animals for n in range(200)]
+        (tmp_path / "sentences.txt").write_text("\n".join(days))
         pico("bert", vocab_size=2048, num_hidden_layers=1).save_pretrained(tmp_path / "bert")
         AutoTokenizer.from_pretrained(TEACHERS / "text").save_pretrained(tmp_path / "bert")
     if name == "vit.py":
