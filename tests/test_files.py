@@ -553,18 +553,20 @@ def test_torch_export(family, every, settings, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("family", "settings"),
+    ("family", "method", "settings"),
     [
-        ("vit", {}),
-        pytest.param("bert", {}, marks=pytest.mark.slow),
-        pytest.param("bert", {"window": 3}, marks=pytest.mark.slow),
+        ("vit", "hedgehog", {}),
+        pytest.param("vit", "lit", {}, marks=pytest.mark.slow),
+        pytest.param("vit", "clear", {"radius": 2}, marks=pytest.mark.slow),
+        pytest.param("bert", "hedgehog", {}, marks=pytest.mark.slow),
+        pytest.param("bert", "hedgehog", {"window": 3}, marks=pytest.mark.slow),
     ],
 )
-def test_onnx(family, settings, tmp_path):
+def test_onnx(family, method, settings, tmp_path):
     runtime = pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
     pytest.importorskip("onnxscript", reason="the extra onnx is not installed")
     model = pico(family, num_hidden_layers=1, **({"max_position_embeddings": 256} if family == "bert" else {}))
-    linearize.attach(model, None, "hedgehog", settings)
+    linearize.attach(model, None, method, settings)
     export(model, tmp_path / "x", "onnx")
     said = json.loads((tmp_path / "x" / "model.json").read_text())
     session = runtime.InferenceSession(tmp_path / "x" / "model.onnx", providers=["CPUExecutionProvider"])

@@ -37,13 +37,22 @@ def test_images_of_other_sizes():
         image_speed(surgery, [18])
 
 
-def test_bench_of_a_form(tmp_path):
+@pytest.mark.parametrize(
+    ("form", "lengths", "rows"),
+    [
+        ({"model_type": "llama", "vocab_size": 97}, "8", ["prefill 8", "decode at 8", "transfer 8"]),
+        ({"model_type": "vit", "image_size": 32, "patch_size": 16}, "32,64", ["32 px", "64 px"]),
+    ],
+)
+def test_bench_of_a_form(form, lengths, rows, tmp_path):
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
-    form = {"model_type": "llama", **sizes, "vocab_size": 97}
-    recipe = {"version": 1, "model": {"form": form}, "method": {"mixer": {"window": 0, "sinks": 0}, "layers": "all"}}
-    done = api.bench(recipe=recipe, lengths="8", repeats=1, random_weights=True, output_dir=tmp_path, device="cpu")
-    assert [row.name for row in done.bench.rows] == ["prefill 8", "decode at 8", "transfer 8"]
+    recipe = {"version": 1, "model": {"form": {**form, **sizes}}, "method": {"layers": "all"}}
+    recipe["method"]["mixer"] = {"window": 0, "sinks": 0}
+    recipe["task"] = "image" if "patch_size" in form else "text"
+    done = api.bench(recipe=recipe, lengths=lengths, repeats=1, random_weights=True, output_dir=tmp_path, device="cpu")
+    assert [row.name for row in done.bench.rows] == rows
     assert done.bench.notes == ["random weights of this form"] and done.file.is_file()
+    assert ("student_peak_bytes" in done.bench.units) == (recipe["task"] == "image")
 
 
 def test_peak_counts_what_lives_at_once():
