@@ -26,7 +26,7 @@ _VERBS = {
     "restore": "linearize.surgery.state",
     "snapshot": "linearize.surgery.state",
 }
-__all__ = ["__version__", "pipelines", *_VERBS]
+__all__ = ["__version__", *_VERBS]
 
 
 def __getattr__(name: str) -> Any:

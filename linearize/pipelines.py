@@ -199,7 +199,8 @@ class Handle:
     def save(self, folder: str | Path, overwrite: bool = False) -> Path:
         """Write it: the method's tensors as one safetensors file, everything else as json. Returns the folder.
 
-        Raises InputError for a folder that is not empty (without `overwrite`), StorageError.
+        Base weights and LoRA that were trained along are not in it: save those as LoRA of the pipeline. Raises
+        InputError for a folder that is not empty (without `overwrite`), StorageError.
         """
         from safetensors.torch import save as to_bytes
 
