@@ -2,8 +2,8 @@
 
     python recipes/mixed_text.py --out mixed.txt TEXT [TEXT ...] [--words 350] [--seed 0]
 
-TEXT: a file of text or of documents (JSONL, ...), with "[0:180]" behind it for a part of its documents. About half of the
-words come out as single sentences, half in passages of at most --words words.
+TEXT: a file of text or of documents (JSONL, ...), with "[0:180]" behind it for a part of its documents. About half of
+the words come out as single sentences, half in passages of at most --words words.
 """
 
 from __future__ import annotations
