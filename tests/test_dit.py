@@ -361,6 +361,6 @@ def test_layers_that_see_two_kinds_of_tokens_are_named():
         "transformer_blocks.0.attn2": False,
         "transformer_blocks.1.attn": True,
     }
-    with pytest.raises(Unsupported, match="this layer is joint"):
+    with pytest.raises(Unsupported, match="does not fit joint DiT attention"):
         linearize.attach(pico_diffusion("sd3"), None, "window", {"sinks": 0})
     assert CHILD not in dict(pico_diffusion("sd3").named_modules())

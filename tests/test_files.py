@@ -512,14 +512,15 @@ def test_bad_weights_and_names(folder, tmp_path):
         models.load_model("nobody/has-this-model")
 
 
-def test_an_encoder_is_no_language_model_yet(tmp_path):
+def test_an_encoder_is_for_sentences_and_needs_its_tokenizer(tmp_path):
     from transformers import BertConfig, BertModel
 
     BertModel(
         BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
     ).save_pretrained(tmp_path)
-    with pytest.raises(Unsupported, match="BertModel is no causal language model"):
+    with pytest.raises(InputError, match="has no tokenizer: put tokenizer.json"):
         models.load_model(tmp_path)
+    assert models.load_model(tmp_path, need_tokenizer=False).task == "sentences"
 
 
 # --------------------------------------------------------------------------------------------------------- export
