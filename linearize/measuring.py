@@ -138,8 +138,10 @@ def rivals(task: Task, job: Job, frozen: nn.Module | None, say: Callable[[str], 
     """What the student has to beat: modules that share the teacher's weights. Made before LoRA is injected."""
     plan, teacher = task.plan, job.model if frozen is None else frozen
     found = {name: twin(teacher, method, settings, job.surgery.sites) for name, method, settings in task.zero}
-    last = plan.stage("finetune")
-    if plan.eval.window_only and isinstance(last, FinetunePlan):
+    if plan.eval.window_only and plan.stages:
+        # A window has nothing to transfer: all of the tokens are fine-tuning, by default where the plan has none.
+        last = plan.stage("finetune") or Plan.read({"task": plan.task}).stage("finetune")
+        assert isinstance(last, FinetunePlan)
         tokens = sum(stage.tokens for stage in plan.stages)
         say(f"training a window-only student on the same {tokens:,} tokens")
         _, method, settings = next(zero for zero in task.zero if zero[0] == quality.WINDOW)
@@ -150,7 +152,7 @@ def rivals(task: Task, job: Job, frozen: nn.Module | None, say: Callable[[str], 
         assert surgery is not None
         finetune(
             replace(job, model=rival, surgery=surgery),
-            last.model_copy(update={"tokens": tokens, "mixer_lr": None}),
+            last.model_copy(update={"tokens": tokens, "batch": plan.stages[-1].batch, "mixer_lr": None}),
             "window-only",
         )
         found["window-only student"] = rival

@@ -74,6 +74,16 @@ def converted(stories, tmp_path_factory) -> Path:
     return folder
 
 
+def test_a_window_only_student_needs_no_finetune_stage(stories, tmp_path):
+    settings = {k: v for k, v in SMALL.items() if "finetune" not in k} | {
+        "eval.window_only": True,
+        "stages.finetune": None,
+    }
+    done = linearize.convert(None, data=str(stories), overrides=settings, output_dir=tmp_path / "out")
+    assert [stage.name for stage in done.report.stages] == ["transfer"]
+    assert "window-only student" in [row.name for row in done.report.rows]
+
+
 def test_the_folder_holds_what_is_promised(converted):
     names = {p.name for p in converted.iterdir()}
     assert {
