@@ -16,7 +16,6 @@ import sys
 from pathlib import Path
 
 from linearize import api
-from linearize.plan import Plan
 from linearize.report import schema, verdict
 from linearize.types import GateError
 
@@ -57,7 +56,7 @@ def main() -> None:
                 raise
             converted = error.answer
         reports.append(converted.report)
-    gate = Plan.read(arguments.recipe).gate.model_dump()
+    gate = reports[0].plan["gate"]  # the recipe's, or --set's
     schema.write(verdict.over_seeds([report.result() for report in reports], gate), target)
     print(target)
 
