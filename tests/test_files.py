@@ -138,6 +138,31 @@ def test_quantisation_passes_mixers_by(tmp_path):
     assert should_convert_module("model.layers.1.self_attn.q_proj", skipped)
 
 
+def test_a_4_bit_base_keeps_its_mixers(tmp_path):
+    """Really quantised, where bitsandbytes is: linear layers in 4 bit, mixers and their answers as they were."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "intermediate_size": 128, "vocab_size": 256, "num_hidden_layers": 2}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)).eval()
+    linearize.attach(model, None, "hedgehog", {"window": 8, "decay": "gated"})
+    files.save(model, tmp_path / "a")
+    small = files.load(
+        tmp_path / "a",
+        quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32),
+    )
+    quantised = {n for n, m in small.named_modules() if "4bit" in type(m).__name__}
+    assert len(quantised) == 14 and not any(CHILD in n for n in quantised)
+    kept = {n: p for n, p in model.named_parameters() if CHILD in n}
+    assert kept and all(torch.equal(small.get_parameter(n), p) for n, p in kept.items())
+    ids = torch.arange(40)[None] * 7 % 256
+    with torch.no_grad():
+        agree = (small(ids).logits * model(ids).logits).sum() / small(ids).logits.norm() / model(ids).logits.norm()
+    assert agree > 0.95  # what 4 bits cost the base
+    assert small.generate(ids, max_new_tokens=3, do_sample=False).shape == (1, 43)
+
+
 def test_shards_deepcopy_and_a_device_map(tmp_path):
     model = convert()
     files.save(model, tmp_path / "a", max_shard_size="20KB")
