@@ -316,6 +316,8 @@ def test_unknown_names_are_answered_with_the_nearest():
         mixers.configure("hedgehog", {"windov": 3})
     with pytest.raises(InputError, match="feature_map"):
         mixers.configure("hedgehog", {"feature_map": "cosine"})
+    with pytest.raises(InputError, match="half_lives"):
+        mixers.configure("hedgehog", {"decay": "learned", "half_lives": [0, 10]})
 
 
 def test_a_causal_method_refuses_an_encoder(monkeypatch):

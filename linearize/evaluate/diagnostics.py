@@ -147,7 +147,7 @@ def _both(site: Site, mixer: Mixer, q: Tensor, k: Tensor, v: Tensor, ctx: Contex
     """Weights of teacher and student, or None where the mixer has none."""
     try:
         student = mixer.dense(q, k, v, ctx)
-    except NotImplementedError:
+    except NotImplementedError:  # a third party's mixer may have no weights to show
         return None
     return teacher_weights(site, q, k, ctx), student
 

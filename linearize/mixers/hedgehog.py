@@ -22,7 +22,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
 from linearize.mixers.parts import Branches, Hybrid, HybridConfig
@@ -46,7 +46,7 @@ class Hedgehog(Hybrid):
         decay: Literal["none", "learned", "gated"] = Field(
             default="none", description="does the state fade: never, by a rate per feature, also by the key"
         )
-        half_lives: tuple[float, float] = Field(
+        half_lives: tuple[PositiveFloat, PositiveFloat] = Field(
             default=(4.0, 1024.0), description="tokens; where fading starts: the features' span, even in logarithm"
         )
         radius: int = Field(default=0, ge=0, description="of a circle of patches: the window of images")
