@@ -257,9 +257,21 @@ def test_a_checkpoint_of_another_plan_is_refused(tmp_path):
 
 # ------------------------------------------------------------------------------------------------------- the loop
 def test_order_continues_where_it_stopped():
-    whole = list(Order(7, seed=3, first=0, last=30))
-    assert whole[12:] == list(Order(7, seed=3, first=12, last=30))
+    whole = list(Order(7, seed=3, first=0, last=15, batch=2))
+    assert whole[12:] == list(Order(7, seed=3, first=6, last=15, batch=2))
     assert sorted(whole[:7]) == list(range(7)) and whole[:7] != whole[7:14]
+
+
+def test_steps_hold_examples_of_like_length_and_an_epoch_all_of_them():
+    sizes = torch.randint(5, 500, (1024,), generator=torch.Generator().manual_seed(0))
+    whole = torch.tensor(list(Order(1024, seed=3, first=0, last=512, batch=4, sizes=sizes))).view(512, 4)
+    assert whole.flatten().bincount().eq(2).all()
+    assert whole.flatten()[280:].tolist() == list(Order(1024, 3, 70, 512, 4, sizes))
+    padded = (sizes[whole].amax(1) * 4).sum() / sizes[whole].sum()
+    mixed = torch.tensor(list(Order(1024, seed=3, first=0, last=256, batch=4))).view(256, 4)
+    assert padded < 1.02 < 1.4 < (sizes[mixed].amax(1) * 4).sum() / sizes[mixed].sum()
+    firsts = sizes[whole[:64, 0]]
+    assert not firsts.equal(firsts.sort().values)  # steps of a stretch come in no order of length
 
 
 def test_rates():

@@ -41,6 +41,11 @@ class Examples(Dataset, ABC):
         """Positions of the longest example."""
 
     @property
+    def sizes(self) -> Tensor | None:
+        """int64 [N]: positions of each example; None where all are alike."""
+        return None
+
+    @property
     def mean(self) -> float:
         """Positions of an example, on average: what stages count tokens by."""
         return self.tokens / len(self)

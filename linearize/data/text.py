@@ -132,9 +132,14 @@ class Tokens(Examples):
         return int(self.offsets[-1] - self.offsets[0])
 
     @property
+    def sizes(self) -> Tensor:
+        """int64 [N]: ids in each sequence."""
+        return self.offsets.diff()
+
+    @property
     def length(self) -> int:
         """Ids in the longest sequence."""
-        return int(self.offsets.diff().max())
+        return int(self.sizes.max())
 
     @property
     def digest(self) -> str:
@@ -205,7 +210,7 @@ class Tokens(Examples):
     @classmethod
     def join(cls, parts: Sequence[Tokens], settings: dict[str, Any]) -> Tokens:
         """All sequences of `parts`, in order."""
-        sizes = torch.cat([part.offsets.diff() for part in parts])
+        sizes = torch.cat([part.sizes for part in parts])
         spans = [slice(int(part.offsets[0]), int(part.offsets[-1])) for part in parts]
 
         def all_of(name: str) -> Tensor:

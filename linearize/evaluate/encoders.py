@@ -236,8 +236,7 @@ def _names(variants: Sequence[Variant]) -> list[str]:
 
 def _batches(data: Examples, size: int) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
     """(which examples, their batch), those of similar length together."""
-    sizes = getattr(data, "sizes", None)
-    order = torch.arange(len(data)) if sizes is None else sizes.argsort(stable=True)
+    order = torch.arange(len(data)) if data.sizes is None else data.sizes.argsort(stable=True)
     for rows in order.split(size):
         yield rows, data.collate([data[int(i)] for i in rows])
 

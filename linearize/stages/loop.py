@@ -27,6 +27,7 @@ from linearize.storage import atomic_folder
 from linearize.types import InputError, StageReport
 
 KEPT = 2  # checkpoints on disk
+GROUPED = 64  # steps within which examples are sorted by length
 
 
 class Objective(Protocol):
@@ -53,23 +54,46 @@ class _Step(nn.Module):
 
 
 class Order(Sampler[int]):
-    """Indices of `steps * batch` sequences from `first` on: every epoch a new seeded permutation."""
+    """Indices of the examples of steps `first` to `last`, `batch` of them each: every epoch a new seeded permutation.
 
-    def __init__(self, size: int, seed: int, first: int, last: int) -> None:
-        self.size, self.seed, self.first, self.last = size, seed, first, last
+    sizes int64 [N]: lengths of the examples. Where they differ, each stretch of GROUPED steps (of an epoch, where that
+    is less) is put in order of length, and its steps shuffled: a step holds examples of like length and hardly any
+    padding. Each example still comes once before any comes a third time.
+    """
+
+    def __init__(
+        self, size: int, seed: int, first: int, last: int, batch: int = 1, sizes: Tensor | None = None
+    ) -> None:
+        self.size, self.seed, self.batch = size, seed, batch
+        self.first, self.last = first, last
+        self.sizes = sizes if sizes is not None and batch > 1 and bool((sizes != sizes[0]).any()) else None
 
     def __len__(self) -> int:
-        return self.last - self.first
+        return (self.last - self.first) * self.batch
 
     def __iter__(self) -> Iterator[int]:
-        epoch, order = -1, None
-        for place in range(self.first, self.last):
-            if place // self.size != epoch:
-                epoch = place // self.size
-                generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-                order = torch.randperm(self.size, generator=generator).tolist()
-            assert order is not None
-            yield order[place % self.size]
+        stretch = max(1, min(GROUPED, self.size // self.batch))
+        group, steps_SB = -1, torch.empty(0, self.batch)
+        for step in range(self.first, self.last):
+            if step // stretch != group:
+                group = step // stretch
+                steps_SB = self._stretch(group, stretch)
+            yield from steps_SB[step % stretch].tolist()
+
+    def _stretch(self, group: int, steps: int) -> Tensor:
+        """The examples of `steps` steps, [steps, batch]."""
+        places = torch.arange(group * steps * self.batch, (group + 1) * steps * self.batch)
+        found = torch.empty_like(places)
+        for epoch in (places // self.size).unique().tolist():
+            here = places // self.size == epoch
+            found[here] = torch.randperm(self.size, generator=self._generator(epoch))[places[here] % self.size]
+        if self.sizes is None:
+            return found.view(steps, self.batch)
+        alike = found[self.sizes[found].argsort(stable=True)].view(steps, self.batch)
+        return alike[torch.randperm(steps, generator=self._generator(-1 - group))]
+
+    def _generator(self, number: int) -> torch.Generator:
+        return torch.Generator().manual_seed((self.seed * 1_000_003 + number) % 2**63)
 
 
 def rate(plan: TransferPlan | FinetunePlan, step: int, steps: int) -> float:
@@ -107,7 +131,7 @@ def train(job: Job, objective: Objective, plan: TransferPlan | FinetunePlan) -> 
     )
     if plan.batch % accelerator.num_processes:
         raise InputError(f"batch {plan.batch} cannot be split over {accelerator.num_processes} processes")
-    order = Order(len(job.data), job.seed, done * plan.batch, steps * plan.batch)
+    order = Order(len(job.data), job.seed, done, steps, plan.batch, job.data.sizes)
     loader = DataLoader(job.data, batch_size=plan.batch, sampler=order, drop_last=True, collate_fn=job.data.collate)
     step_module, optimizer, loader = accelerator.prepare(_Step(job.model, objective), optimizer, loader)
     started, saved = time.monotonic(), time.monotonic()
