@@ -104,7 +104,8 @@ class LoraPlan(BaseModel):
 
 class _Stage(BaseModel):
     """tokens counts processed tokens (patches, of images), repeats included; batch is examples per optimiser step;
-    warmup is a share of the steps; clip 0 is off; max_steps: at most so many, whatever `tokens` says."""
+    warmup is a share of the steps; clip 0 is off; max_steps: at most so many, whatever `tokens` says. precision
+    bfloat16: matrix products outside the mixers, by autocast; weights, moments, mixers and losses stay float32."""
 
     model_config = _STRICT
     tokens: int = Field(gt=0)
@@ -115,6 +116,7 @@ class _Stage(BaseModel):
     weight_decay: float = Field(default=0.0, ge=0)
     clip: float = Field(default=1.0, ge=0)
     max_steps: int | None = Field(default=None, gt=0)
+    precision: Literal["float32", "bfloat16"] = "float32"
 
     def steps(self, length: float) -> int:
         """Optimiser steps at examples of `length` tokens on average."""
@@ -220,7 +222,7 @@ _LATER = {
     "data": {"minimum": None, "image_column": None, "label_column": None, "skip_bad": False},
     "eval": {"pairs": None, "minimum": None},
     "gate": {"retained": None, "cosine": None, "mrr": None},
-    "stages": {"max_steps": None, "feature": 0, "dense": 0, "task": 0},
+    "stages": {"max_steps": None, "precision": "float32", "feature": 0, "dense": 0, "task": 0},
 }
 
 
@@ -395,7 +397,7 @@ class Plan(BaseModel):
             steps = f" in {stage.steps(self.data.length):,} steps" if self.task == "text" else " in batches"
             line = (
                 f"{stage.kind:<10}{stage.tokens:,} tokens{steps} of {stage.batch},"
-                f" lr {stage.lr:g} {stage.schedule}, loss {losses}"
+                f" lr {stage.lr:g} {stage.schedule}, loss {losses}" + ", bfloat16" * (stage.precision == "bfloat16")
             )
             if isinstance(stage, FinetunePlan):
                 line += f", LoRA r {stage.lora.r}" if stage.mode == "lora" else ", all weights"

@@ -73,6 +73,25 @@ def test_transfer_lowers_its_loss_and_touches_only_mixers(mixer, losses):
     assert changed and all("linearize_mixer" in n for n in changed)
 
 
+@pytest.mark.parametrize("stage", ["transfer", "lora", "full"])
+def test_bfloat16_is_for_products_outside_the_mixers(stage):
+    found = {}
+    for precision in ("float32", "bfloat16"):
+        made = job()
+        seen = []
+        for mixer in made.surgery.mixers.values():
+            mixer.register_forward_pre_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+        if stage == "transfer":
+            report = transfer(made, TRANSFER.model_copy(update={"precision": precision}))
+        else:
+            report = finetune(made, FINETUNE.model_copy(update={"precision": precision, "mode": stage}))
+        assert seen and not any(seen)
+        assert {p.dtype for p in made.model.parameters()} == {torch.float32}
+        found[precision] = torch.tensor(report.series["loss"])
+    assert not torch.equal(found["float32"], found["bfloat16"])
+    assert torch.allclose(found["float32"], found["bfloat16"], rtol=0.05)
+
+
 def test_a_map_in_pieces_is_the_map():
     made = job({"window": 4})
     found = []

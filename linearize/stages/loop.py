@@ -44,13 +44,18 @@ class Objective(Protocol):
 class _Step(nn.Module):
     """One training step as a forward, so that DistributedDataParallel sees it whole."""
 
-    def __init__(self, model: nn.Module, objective: Objective) -> None:
+    def __init__(self, model: nn.Module, objective: Objective, autocast: bool) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.autocast = model, autocast
         self.compute = objective.loss
 
     def forward(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
-        return self.compute(batch, step)
+        if not self.autocast:
+            return self.compute(batch, step)
+        # Without a cache: the teacher's forward, which has no gradient and at times other weights, would fill it.
+        kind = next(self.model.parameters()).device.type
+        with torch.autocast(kind, torch.bfloat16, cache_enabled=False):
+            return self.compute(batch, step)
 
 
 class Order(Sampler[int]):
@@ -133,7 +138,9 @@ def train(job: Job, objective: Objective, plan: TransferPlan | FinetunePlan) -> 
         raise InputError(f"batch {plan.batch} cannot be split over {accelerator.num_processes} processes")
     order = Order(len(job.data), job.seed, done, steps, plan.batch, job.data.sizes)
     loader = DataLoader(job.data, batch_size=plan.batch, sampler=order, drop_last=True, collate_fn=job.data.collate)
-    step_module, optimizer, loader = accelerator.prepare(_Step(job.model, objective), optimizer, loader)
+    step_module, optimizer, loader = accelerator.prepare(
+        _Step(job.model, objective, plan.precision == "bfloat16"), optimizer, loader
+    )
     started, saved = time.monotonic(), time.monotonic()
     before = report.seconds
     with _bar(job, accelerator.is_main_process, name, done, steps) as advance:

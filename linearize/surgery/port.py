@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -128,9 +129,11 @@ class Port:
             return self._ragged(mixer, q_BHTK, k_BGTK, v_BGTV, mask, kwargs.get("scale"), teacher)
         ctx = self._context(q_BHTK, k_BGTK, mask, kwargs.get("scaling", kwargs.get("scale")), mixer, teacher)
         if self.watcher is None:
-            return mixer(q_BHTK, k_BGTK, v_BGTV, ctx)
+            with _as_written(q_BHTK):
+                return mixer(q_BHTK, k_BGTK, v_BGTV, ctx)
         out = teacher()
-        self.watcher(self.site, mixer, q_BHTK, k_BGTK, v_BGTV, ctx, out)
+        with _as_written(q_BHTK):
+            self.watcher(self.site, mixer, q_BHTK, k_BGTK, v_BGTV, ctx, out)
         return out
 
     def _context(self, q_BHTK, k_BGTK, mask, scale, mixer: Mixer, teacher) -> Context:
@@ -262,6 +265,12 @@ def made_subclass(cls: type[nn.Module], seam: str) -> type[nn.Module]:
         Linearized.__qualname__ = Linearized.__name__
         _made[key] = Linearized
     return _made[key]
+
+
+def _as_written(like: Tensor) -> AbstractContextManager[Any]:
+    """Mixers choose their own precision: autocast would compute their sums in bfloat16."""
+    kind = like.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 _made: dict[tuple[type[nn.Module], str], type[nn.Module]] = {}
