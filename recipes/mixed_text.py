@@ -1,9 +1,9 @@
 """Unlabelled text for encoders: sentences and passages of a text, mixed, a line each.
 
-    python recipes/mixed_text.py --out mixed.txt TEXT [TEXT ...] [--words 350] [--seed 0]
+    python recipes/mixed_text.py --out mixed.txt TEXT [TEXT ...] [--words 350] [--passages 0.1] [--seed 0]
 
-TEXT: a file of text or of documents (JSONL, ...), with "[0:180]" behind it for a part of its documents. About half of
-the words come out as single sentences, half in passages of at most --words words.
+TEXT: a file of text or of documents (JSONL, ...), with "[0:180]" behind it for a part of its documents. Lines
+are single sentences or, --passages of them, passages of at most --words words (0.1: half of the words in either).
 """
 
 from __future__ import annotations
@@ -23,22 +23,23 @@ def main() -> None:
     parser.add_argument("texts", nargs="+")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--words", type=int, default=350)
+    parser.add_argument("--passages", type=float, default=0.1)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     random.seed(arguments.seed)
-    lines = [line for text in arguments.texts for line in mixed(text, arguments.words)]
+    lines = [line for text in arguments.texts for line in mixed(text, arguments.words, arguments.passages)]
     random.shuffle(lines)
     write_atomic(arguments.out, "\n".join(lines) + "\n")
     print(f"{arguments.out}: {len(lines):,} lines, {sum(len(line.split()) for line in lines):,} words")
 
 
-def mixed(source: str, words: int) -> Iterator[str]:
+def mixed(source: str, words: int, passages: float) -> Iterator[str]:
     """Lines of one text."""
     name, bracket, part = source.partition("[")
     for document in read_texts(name, split=bracket + part or None):
         sentences = [s for s in re.split(r"(?<=[.!?])\s+", " ".join(document.split())) if len(s.split()) > 3]
         while sentences:
-            if random.random() < 0.9:  # many sentences have the words of few passages
+            if random.random() >= passages:
                 yield sentences.pop(0)
                 continue
             passage: list[str] = []

@@ -75,10 +75,9 @@ def test_transfer_lowers_its_loss_and_touches_only_mixers(mixer, losses):
 
 @pytest.mark.parametrize("stage", ["transfer", "lora", "full"])
 def test_bfloat16_is_for_products_outside_the_mixers(stage):
-    found = {}
+    found, seen = {}, []
     for precision in ("float32", "bfloat16"):
         made = job()
-        seen = []
         for mixer in made.surgery.mixers.values():
             mixer.register_forward_pre_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
         if stage == "transfer":
