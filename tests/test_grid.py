@@ -195,14 +195,44 @@ def test_both_sides_of_llava():
         assert torch.equal(model(**image)[0], expected) and not hooks(model)
 
 
-def test_the_language_model_of_qwen2_5_vl():
-    """Image tokens and rotary positions of three kinds: a window that sees everything is softmax; padded, as alone."""
+def qwen2_5_vl(**vision):
     torch.manual_seed(0)
     text = settings("qwen2") | {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]}}
-    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "patch_size": 4}
-    vision |= {"out_hidden_size": 32, "window_size": 16, "fullatt_block_indexes": [0]}
+    tower = {"depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "patch_size": 4}
+    tower |= {"out_hidden_size": 32, "window_size": 16, "fullatt_block_indexes": [0], **vision}
     special = {"image_token_id": 90, "vision_start_token_id": 91, "vision_end_token_id": 92, "video_token_id": 93}
-    model = Qwen2_5_VLModel(Qwen2_5_VLConfig(text_config=text, vision_config=vision, **special)).eval()
+    return Qwen2_5_VLModel(Qwen2_5_VLConfig(text_config=text, vision_config=tower, **special)).eval()
+
+
+def test_the_vision_tower_of_qwen2_5_vl():
+    """Images of several sizes end to end, windows and whole images in turn: each by itself, as softmax had them."""
+    tower = qwen2_5_vl(depth=2, fullatt_block_indexes=[1]).visual
+    sizes = torch.tensor([[1, 8, 12], [1, 4, 4]])
+    patches = torch.randn(8 * 12 + 4 * 4, 3 * 2 * 4 * 4)
+    with torch.no_grad():
+        for block in tower.blocks:
+            block.attn.qkv.weight *= 6
+        expected = tower(patches, grid_thw=sizes).last_hidden_state
+        surgery = linearize.attach(tower, None, "hedgehog")
+        assert len(surgery.sites) == 2 and surgery.calls is None  # a call for each window, however many an image has
+        both = tower(patches, grid_thw=sizes).last_hidden_state
+        alone = [tower(x, grid_thw=n[None]).last_hidden_state for x, n in zip(patches.split([96, 16]), sizes)]
+        torch.testing.assert_close(both, torch.cat(alone), atol=1e-5, rtol=0)
+        assert (both - expected).abs().max() > 1e-2
+        with surgery.teacher():
+            assert torch.equal(tower(patches, grid_thw=sizes).last_hidden_state, expected)
+    tower(patches, grid_thw=sizes).last_hidden_state.square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in surgery.parameters())
+    surgery.detach()
+    with torch.no_grad():
+        assert torch.equal(tower(patches, grid_thw=sizes).last_hidden_state, expected)
+        with pytest.raises(Unsupported, match="reads no image, and .* needs the grid"):
+            linearize.attach(tower, None, Told)
+
+
+def test_the_language_model_of_qwen2_5_vl():
+    """Image tokens and rotary positions of three kinds: a window that sees everything is softmax; padded, as alone."""
+    model = qwen2_5_vl()
     ids = torch.tensor([[5, 91, *[90] * 6, 92, 7, 8, 9]])
     image = {"pixel_values": torch.randn(24, 3 * 2 * 4 * 4), "image_grid_thw": torch.tensor([[1, 4, 6]])}
     kinds = {"mm_token_type_ids": (ids == 90).int()}

@@ -32,7 +32,7 @@ def reaches(cls: type[nn.Module]) -> bool:
     while hasattr(forward, "__wrapped__"):
         forward = forward.__wrapped__
     code = getattr(forward, "__code__", None)
-    return code is not None and "attention_interface" in code.co_varnames
+    return code is not None and "attention_interface" in (*code.co_varnames, *code.co_cellvars)
 
 
 @functools.cache

@@ -20,7 +20,7 @@ from linearize.types import InputError, Rotary, Unsupported
 
 
 def small_forward(model: nn.Module) -> Any:
-    """One blank image, or five tokens (for both sides of an encoder-decoder). Raises InputError for other inputs."""
+    """One blank image (two, where a forward takes many), or five tokens (for both sides of an encoder-decoder). Raises InputError for other inputs."""
     config: Any = getattr(model, "config", None)
     device = hooks.device(model)
     if (inputs := dit_inputs.small_inputs(model, dtype=hooks.dtype(model), device=device)) is not None:
@@ -34,6 +34,11 @@ def small_forward(model: nn.Module) -> Any:
             return model(pixel_values=image)
         patches = (rows // config.patch_size) * (columns // config.patch_size)
         return model(pixel_values=image, noise=torch.arange(patches, device=device)[None])  # the patches in order
+    if "grid_thw" in inspect.signature(model.forward).parameters:  # patches of images of any size, end to end
+        side = 2 * config.spatial_merge_size
+        weights = next(m.weight for m in model.modules() if isinstance(m, nn.Conv3d))
+        patches = weights.new_zeros(2 * side**2, weights[0].numel())
+        return model(patches, grid_thw=torch.tensor([[1, side, side]] * 2, device=device))
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     if not hasattr(text, "vocab_size"):
         raise InputError("attach cannot make inputs for this model: pass probe=lambda model: model(...)")
@@ -54,7 +59,7 @@ def probe(model: nn.Module, ports: Sequence[Port], run: Callable[[nn.Module], An
             port.mode, port.wants_plain, port.entered, port.fired = "probe", mixer.needs_rotary, 0, 0
         with torch.no_grad():
             run(model)
-        if missed := [p for p in ports if not p.fired or p.fired != p.entered]:
+        if missed := [p for p in ports if not p.fired or not p.entered or p.fired % p.entered]:
             raise Unsupported(
                 f"{missed[0].site.name} was reached {missed[0].fired} times by one forward of the model, which called "
                 f"it {missed[0].entered} times ({len(missed)} of {len(ports)} sites); a hook or wrapper is in the way"
@@ -65,7 +70,7 @@ def probe(model: nn.Module, ports: Sequence[Port], run: Callable[[nn.Module], An
                 "module would share one place in the cache"
             )
         for port in ports:
-            port.calls = port.fired
+            port.calls = port.fired if port.fired == port.entered else None  # image by image: as many as there are
             _check_shapes(port)
             _check_scores(port)
             _check_grid(port, model.get_submodule(f"{port.site.name}.{CHILD}"))
