@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -217,6 +222,51 @@ def test_a_stopped_run_ends_with_the_same_bytes(seen, vit, images, tmp_path, mom
     conversion.run(resolved, resume=True)
     name = "model.safetensors"
     assert (tmp_path / "out" / name).read_bytes() == (seen / name).read_bytes()
+
+
+def command(*words: object, settings: dict = SMALL) -> list[str]:
+    said = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+    return [sys.executable, "-m", "linearize.cli", "convert", *map(str, words), *said]
+
+
+def environment() -> dict[str, str]:
+    here = str(Path(linearize.__file__).parent.parent)
+    path = os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["transfer-", "finetune-", "scores/student"])
+def test_kill_nine_of_a_classifier_then_resume_gives_the_same_bytes(seen, vit, images, tmp_path, moment):
+    words = command("--model", vit, "--dataset", images, "-o", tmp_path / "out", settings={**SMALL, "eval.curve": 600})
+    work = work_folder(tmp_path / "out")
+    with subprocess.Popen(words, env=environment(), stderr=subprocess.DEVNULL) as process:
+        while process.poll() is None and not any(moment in str(p) for p in work.rglob("*")):
+            time.sleep(0.01)
+        assert process.poll() is None, "it ended before it could be killed"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not (tmp_path / "out").exists()
+    done = subprocess.run([*words, "--resume"], env=environment(), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "out/model.safetensors").read_bytes() == (seen / "model.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+def test_two_processes_convert_an_encoder_as_one_does(bert, texts, tmp_path):
+    """The same steps of texts of unlike length: each process has its half of a step, and their losses are one's."""
+    found = []
+    for name in ("one", "two"):
+        words = command("--model", bert, "--dataset", texts, "-o", tmp_path / name, "--json")
+        many = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"] if name == "two" else []
+        run = [words[0], *many, *words[1:]]
+        done = subprocess.run(run, env=environment(), capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert json.loads(done.stdout)["method"] == "hedgehog"  # one answer, not two
+        found.append(models.load(tmp_path / name).state_dict())
+    assert all(torch.allclose(found[0][n], found[1][n], atol=1e-3) for n in found[0])
+    original = AutoModel.from_pretrained(bert).state_dict()
+    assert any(not torch.allclose(found[1][n], original[n], atol=1e-3) for n in original)
 
 
 def test_an_adapter_of_a_classifier_knows_its_base(vit, images, tmp_path):

@@ -20,7 +20,9 @@ from linearize.types import InputError, Rotary, Unsupported
 
 
 def small_forward(model: nn.Module) -> Any:
-    """One blank image (two, where a forward takes many), or five tokens (for both sides of an encoder-decoder). Raises InputError for other inputs."""
+    """One blank image (two, where a forward takes many), or five tokens (for both sides of an encoder-decoder).
+
+    Raises InputError for models that take other inputs."""
     config: Any = getattr(model, "config", None)
     device = hooks.device(model)
     if (inputs := dit_inputs.small_inputs(model, dtype=hooks.dtype(model), device=device)) is not None:
