@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from linearize.mixers import base as mixers
-from linearize.mixers.parts import _MAPS
+from linearize.ops._maps import MAPS
 from linearize.testing.laws import BIDIRECTIONAL, IMAGE, SHAPE, Case, call, draw, laws
 from linearize.testing.tolerance import check_rounded, close
 from linearize.types import InputError, SiteShape, Unsupported
@@ -21,7 +21,7 @@ CAUSAL = [name for name in mixers.names() if mixers.refusal(name, "LLM") is None
 #: settings beyond the defaults, by method; a method without a row is tried with its defaults
 SETTINGS = {
     "hedgehog": [
-        *({"feature_map": name} for name in _MAPS),
+        *({"feature_map": name} for name in MAPS),
         {"features": 5},
         {"share": "kv"},
         {"tie": True},

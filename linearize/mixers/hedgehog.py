@@ -30,8 +30,8 @@ from linearize.mixers.patches import CircleBranch, beside_grid, seen_in_circle, 
 from linearize.ops._dispatch import compute_dtype
 from linearize.ops.bidirectional import Circle, bidirectional, in_pieces, one_by_one
 from linearize.ops.gated_linear import gated_linear, gated_weights
-from linearize.ops.linear import linear
 from linearize.ops.local2d import pairs
+from linearize.ops.mapped_linear import MappedOutput, mapped_linear
 from linearize.types import Context, Cost, InputError, SiteShape, State, StateSpec, Unsupported
 
 
@@ -138,17 +138,24 @@ class Hedgehog(Hybrid):
         if not self.shape.causal and gap == 0 and circle is None and ctx.segments_BT is None:
             out = in_pieces(lambda columns: self.map_q(q[:, :, columns]), features, v)
             return out.numerator / (out.normaliser + self.config.eps)[..., None], out.normaliser, state
+        sums, segments = state[0] if state else None, ctx.segments_BT
+        if self.shape.causal and fading is None:
+            out = self._mapped(q, k, v, valid_BT, sums, segments)
+            return out.output, out.mass, (out.state,)
         phi_q, phi_k = self.map_q(q), features(slice(None))
         if self.shape.causal:
-            sums, segments = state[0] if state else None, ctx.segments_BT
-            if fading is None:
-                out = linear(phi_q, phi_k, v, state=sums, segments_BT=segments)
-            else:
-                out = gated_linear(phi_q, phi_k, v, fading, state=sums, segments_BT=segments)
+            out = gated_linear(phi_q, phi_k, v, fading, state=sums, segments_BT=segments)
             state = (out.state,)
         else:
-            out = bidirectional(phi_q, phi_k, v, gap=gap, circle=circle, segments_BT=ctx.segments_BT)
+            out = bidirectional(phi_q, phi_k, v, gap=gap, circle=circle, segments_BT=segments)
         return out.numerator / (out.normaliser + self.config.eps)[..., None], out.normaliser, state
+
+    def _mapped(self, q, k, v, valid_BT, sums, segments_BT) -> MappedOutput:
+        (w_q, b_q), (w_k, b_k) = self.map_q(None), (self.map_k or self.map_q)(None)
+        return mapped_linear(
+            q, k, v, self.map_q.name, (w_q, w_k), (b_q, b_k), key_heads=self.key_heads, valid_BT=valid_BT, state=sums,
+            segments_BT=segments_BT, eps=self.config.eps,
+        )  # fmt: skip
 
     def linear_alone(self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTV: Tensor, ctx: Context) -> Tensor:
         q_lin, k_lin = self._unrotated(q_BHTK, k_BGTK, ctx)

@@ -5,17 +5,17 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
 from linearize.mixers.base import MixerConfig, RecurrentMixer
 from linearize.mixers.patches import beside_grid
 from linearize.ops._dispatch import compute_dtype
+from linearize.ops._maps import MAPS
+from linearize.ops.mapped_linear import features
 from linearize.ops.window import WindowOutput, window
 from linearize.types import Context, InputError, SiteShape, State, StateSpec, Unsupported
 
@@ -23,34 +23,6 @@ from linearize.types import Context, InputError, SiteShape, State, StateSpec, Un
 FeatureMapName = Literal["split_softmax", "exp", "joint_softmax", "t2r", "relu", "elu"]
 
 
-def _split_softmax(u: Tensor) -> Tensor:
-    return torch.cat([u.softmax(-1), (-u).softmax(-1)], -1).clamp(min=1e-12)
-
-
-def _exp(u: Tensor) -> Tensor:
-    # Each half is shifted by its own extreme: a function of its own, not a stable form of raw exp.
-    halves = [(u - u.amax(-1, keepdim=True)).exp(), (u.amin(-1, keepdim=True) - u).exp()]
-    return torch.cat(halves, -1).clamp(min=1e-12)
-
-
-def _joint_softmax(u: Tensor) -> Tensor:
-    return torch.cat([2 * u, -2 * u], -1).softmax(-1)
-
-
-class _Map(NamedTuple):
-    run: Callable[[Tensor], Tensor]
-    factor: int  # features per column of W
-    bias: bool
-
-
-_MAPS: dict[str, _Map] = {
-    "split_softmax": _Map(_split_softmax, 2, False),  # LoLCATs' softmax_dim: Hedgehog's default
-    "exp": _Map(_exp, 2, False),  # LoLCATs' exp_dim
-    "joint_softmax": _Map(_joint_softmax, 2, True),  # fla, MAD, Zoology; there one W for all heads
-    "t2r": _Map(F.relu, 1, True),  # T2R: relu(xW + b)
-    "relu": _Map(F.relu, 1, False),
-    "elu": _Map(lambda u: F.elu(u) + 1, 1, False),
-}
 _PARAMETER_FREE = {"relu", "elu"}
 
 
@@ -64,22 +36,21 @@ class FeatureMap(nn.Module):
 
     def __init__(self, name: FeatureMapName, heads: int, key_dim: int, columns: int | None = None) -> None:
         super().__init__()
-        self.map = _MAPS[name]
+        self.name: FeatureMapName = name
         self.columns = key_dim if columns is None or name in _PARAMETER_FREE else columns
-        self.features = self.columns * self.map.factor
+        self.features = self.columns * MAPS[name].factor
         if name not in _PARAMETER_FREE:
             self.weight_HKC = nn.Parameter(_identity(key_dim, self.columns).repeat(heads, 1, 1))
-            if self.map.bias:
+            if MAPS[name].bias:
                 self.bias_HC = nn.Parameter(torch.zeros(heads, self.columns))
 
-    def forward(self, x_BHTK: Tensor) -> Tensor:
-        x = x_BHTK.to(compute_dtype(x_BHTK))
-        weight = getattr(self, "weight_HKC", None)
-        if weight is not None:
-            x = x @ weight.to(x.dtype)
-            if self.map.bias:
-                x = x + self.bias_HC.to(x.dtype)[:, None]
-        return self.map.run(x)
+    def forward(self, x_BHTK: Tensor | None) -> Any:
+        """The features; of None the map itself, (W, b), for ops that have it inside. A call, so that hooks which bring
+        an offloaded module's weights run first."""
+        weight, bias = getattr(self, "weight_HKC", None), getattr(self, "bias_HC", None)
+        if x_BHTK is None:
+            return weight, bias
+        return features(x_BHTK.to(compute_dtype(x_BHTK)), self.name, weight, bias)
 
 
 def _identity(rows: int, columns: int) -> Tensor:
