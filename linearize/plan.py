@@ -128,7 +128,8 @@ class TransferPlan(_Stage):
     """Attention transfer: only the mixers learn, the stream stays the teacher's.
 
     Weights of the losses: output (MSE of the layer's output over the teacher's mean square), map (cross-entropy of
-    attention maps), far (the same on keys outside window and sinks), mass (two-way KL of their log-mass).
+    attention maps), far (the same on keys outside window and sinks), mass (two-way KL of their log-mass), own (what the
+    method itself brings; None: 1 where it does).
     target "linear" matches the linear branch alone to the full softmax. window_drop: share of steps without window.
     map_chunk: query rows of a map held at once.
     """
@@ -138,6 +139,7 @@ class TransferPlan(_Stage):
     map: float = Field(default=0.0, ge=0)
     far: float = Field(default=0.0, ge=0)
     mass: float = Field(default=0.0, ge=0)
+    own: float | None = Field(default=None, ge=0)
     target: Literal["output", "linear"] = "output"
     window_drop: float = Field(default=0.0, ge=0, le=1)
     far_weight: bool = False
@@ -222,7 +224,7 @@ _LATER = {
     "data": {"minimum": None, "image_column": None, "label_column": None, "skip_bad": False},
     "eval": {"pairs": None, "minimum": None},
     "gate": {"retained": None, "cosine": None, "mrr": None},
-    "stages": {"max_steps": None, "precision": "float32", "feature": 0, "dense": 0, "task": 0},
+    "stages": {"max_steps": None, "precision": "float32", "own": None, "feature": 0, "dense": 0, "task": 0},
 }
 
 

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 #: the losses of each stage, as recipes weigh them
 LOSSES = {
-    "transfer": ("output", "map", "far", "mass"),
+    "transfer": ("output", "map", "far", "mass", "own"),
     "finetune": ("kl", "lm", "hidden", "feature", "dense", "task"),
 }
 SAID = {"text": "sequences of", "sentences": "sentences of at most"}

@@ -158,7 +158,8 @@ class Context:
 
 @dataclass(frozen=True)
 class StateSpec:
-    """One tensor of a state. shape has -1 for the batch; head_axis is None where no axis is a head."""
+    """One tensor of a state. shape has -1 for the batch, and where it grows with the tokens; head_axis is None where no
+    axis is a head."""
 
     name: str
     shape: tuple[int, ...]

@@ -48,6 +48,7 @@ SETTINGS = {
         {"half_life": 3, "window": 9, "combine": "lolcats", "conv": 1, "feature_map": "exp"},
     ],
     "window": [{"window": 5, "sinks": 0}, {"window": 1, "sinks": 3}],
+    "sea": [{"k": 5, "width": 8}, {"k": 6, "block": 4, "width": 16}, {"k": 9, "width": 64, "feature_map": "t2r"}],
 }
 #: settings on bidirectional layers
 BIDIRECTIONAL_SETTINGS = {
@@ -69,6 +70,7 @@ BIDIRECTIONAL_SETTINGS = {
     "window": [{"window": 5, "sinks": 0}, {"window": 1, "sinks": 0}],
     "none": [{}],
     "softmax": [{}],
+    "sea": [{"k": 5, "width": 8}, {"k": 6, "block": 4, "width": 16}],
 }
 #: settings on images
 IMAGE_SETTINGS = {
@@ -87,6 +89,7 @@ IMAGE_SETTINGS = {
         {"radius": 1, "rope": "undo", "feature_map": "exp"},
         {"radius": 50},
     ],
+    "sea": [{"k": 5, "width": 8}],
 }
 CASES = [Case(name, settings) for name in CAUSAL for settings in [{}, *SETTINGS.get(name, [])]]
 CASES += [Case(name, settings, BIDIRECTIONAL) for name, rows in BIDIRECTIONAL_SETTINGS.items() for settings in rows]

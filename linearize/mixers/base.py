@@ -10,7 +10,7 @@ import importlib
 import math
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
 from typing import Any, ClassVar
 
@@ -48,6 +48,10 @@ class Mixer(nn.Module, ABC):
     off: str | None = None
     #: query heads that are one head of this mixer
     joined: int = 1
+    #: whether it has losses of its own: then it answers `taught`
+    teaches: ClassVar[bool] = False
+    #: settings that may change after training, no parameter depending on them
+    adjustable: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, shape: SiteShape, config: MixerConfig) -> None:
         super().__init__()
@@ -60,6 +64,31 @@ class Mixer(nn.Module, ABC):
     @abstractmethod
     def parallel(self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTV: Tensor, ctx: Context) -> Tensor:
         """Whole sequences -> o_BHTV, in q's dtype: the training form."""
+
+    def taught(
+        self,
+        q_BHTK: Tensor,
+        k_BGTK: Tensor,
+        v_BGTV: Tensor,
+        ctx: Context,
+        target: Callable[[slice], Tensor],
+        chunk: int,
+        output: bool,
+    ) -> tuple[Tensor | None, Tensor]:
+        """(o_BHTV, the loss that this method brings, summed over real queries and heads), where it `teaches`.
+
+        target(rows): the teacher's weights [B, H, rows, T] for these queries; ask for no more than `chunk` at once.
+        output: whether the first is wanted at all.
+        """
+        raise NotImplementedError
+
+    def adjust(self, config: MixerConfig) -> None:
+        """Take on settings that differ in `adjustable` ones. Raises InputError where they do not fit the layer."""
+        self.config = config
+
+    def maps(self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTV: Tensor, ctx: Context) -> dict[str, Tensor]:
+        """Further maps of one call, by name, [B, H, T, any], for pictures. Default: none."""
+        return {}
 
     @abstractmethod
     def dense(self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTV: Tensor, ctx: Context, rows: slice = slice(None)) -> Tensor:
@@ -74,6 +103,16 @@ class Mixer(nn.Module, ABC):
     def signed(self) -> bool:
         """Whether weights can be negative, so that they are no distribution and losses on maps make no sense."""
         return False
+
+    @property
+    def leaks(self) -> bool:
+        """Whether the weights of a row may add up to less than 1."""
+        return False
+
+    @property
+    def stateful(self) -> bool:
+        """Whether decoding keeps a state in a slot: of constant size, or one that grows with the tokens."""
+        return self.recurrent
 
     @abstractmethod
     def state_spec(self) -> list[StateSpec]:
@@ -172,7 +211,7 @@ class RecurrentMixer(Mixer):
 
 
 # ------------------------------------------------------------------------------------------- methods by name
-_NOT_METHODS = {"base", "parts", "patches"}
+_NOT_METHODS = {"base", "documents", "estimate", "parts", "patches"}
 _GROUP = "linearize.mixers"
 
 

@@ -9,6 +9,7 @@ what transfer does not need (everything after the last attention, the LM head) i
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -66,9 +67,18 @@ def site_loss(
     total = out.new_zeros(())
     parts = mixer.both(q, k, v, ctx.without_slot())[0] if plan.far or plan.mass or plan.far_weight else None
     field = None if parts is None else _far_field(parts.local, q, k, ctx, out, mixer.shape.window)
+    own = 1.0 if plan.own is None else plan.own
+    guess = None
+    if mixer.teaches and own:
+        weights = teacher_map(q, k, ctx, mixer.shape.window)
+        guess, loss = mixer.taught(q, k, v, ctx.without_slot(), weights, plan.map_chunk, output=plan.output > 0)
+        total = total + own * share_of(loss, (ctx.codes(q) > 0).sum().float() * q.shape[1])
     if plan.output:
         alone = plan.target == "linear" or (plan.window_drop and torch.rand(()) < plan.window_drop)
-        guess = mixer.linear_alone(q, k, v, ctx) if alone and mixer.branches else mixer(q, k, v, ctx.without_slot())
+        if alone and mixer.branches:
+            guess = mixer.linear_alone(q, k, v, ctx)
+        elif guess is None:
+            guess = mixer(q, k, v, ctx.without_slot())
         weight = field.share if field is not None and plan.far_weight else None
         total = total + plan.output * relative_error(guess.float(), out, ctx, weight)
     if plan.map:
@@ -100,16 +110,25 @@ def teacher_scores(
     return scores.masked_fill(~visible[:, None], -torch.inf), visible[:, None]
 
 
+def teacher_map(q: Tensor, k: Tensor, ctx: Context, window: int | None) -> Callable[[slice], Tensor]:
+    """The teacher's weights [B, H, rows, T] by rows, float32, 0 where invisible."""
+
+    @torch.no_grad()
+    def weights(rows: slice) -> Tensor:
+        scores, visible = teacher_scores(q, k, ctx, window, rows)
+        return scores.masked_fill(~visible, torch.finfo(scores.dtype).min).softmax(-1) * visible
+
+    return weights
+
+
 def map_divergence(mixer: Mixer, q: Tensor, k: Tensor, v: Tensor, ctx: Context, chunk: int) -> Tensor:
     """KL of the mixer's attention map from the teacher's, mean over real queries and heads: Hedgehog's own loss less
     its constant. No more than `chunk` rows of a map are held at once, forward or backward."""
-    T = q.shape[2]
+    T, weights = q.shape[2], teacher_map(q, k, ctx, mixer.shape.window)
 
     def part(start: int) -> Tensor:
         rows = slice(start, min(start + chunk, T))
-        with torch.no_grad():
-            scores, visible = teacher_scores(q, k, ctx, mixer.shape.window, rows)
-            target = scores.masked_fill(~visible, torch.finfo(scores.dtype).min).softmax(-1) * visible
+        target = weights(rows)
         guess = mixer.dense(q, k, v, ctx, rows).float().clamp(min=1e-12).log()
         return (target * (target.clamp(min=1e-12).log() - guess)).sum()
 

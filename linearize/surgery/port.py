@@ -94,7 +94,7 @@ class Port:
         if cache is None or self.site.layer is None or not self.site.shape.causal:
             return None
         if self.mode == "student" and self.watcher is None:
-            return state_layer(cache, self.site.layer) if getattr(module, CHILD).recurrent else None
+            return state_layer(cache, self.site.layer) if getattr(module, CHILD).stateful else None
         own = cache.self_attention_cache if isinstance(cache, hf.EncoderDecoderCache) else cache
         if len(own.layers) > self.site.layer and isinstance(own.layers[self.site.layer], StateLayer):
             raise InputError("this cache holds the student's state; the teacher needs a cache of its own")

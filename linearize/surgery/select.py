@@ -248,13 +248,15 @@ def worthwhile(
     """(sites to convert by default, {site name: why it is left alone}).
 
     A site is left alone when its float32 state would exceed the teacher's own bf16 cache at `target_length` tokens:
-    sliding-window, chunked and MLA layers, or a large state on a short context. Bidirectional layers keep neither.
+    sliding-window, chunked and MLA layers, or a large state on a short context. Bidirectional layers keep neither, and
+    a method whose own state grows like a cache is not taken for its memory.
     """
     chosen, left = [], {}
     states: dict[SiteShape, int] = {}
     for site in sites:
         if site.shape not in states:
-            states[site.shape] = _state_bytes(method, config, site.shape, target_length)
+            mixer = _on_meta(method, config, site.shape)
+            states[site.shape] = 0 if mixer.stateful and not mixer.recurrent else mixer.state_bytes(target_length)
         state, kept = states[site.shape], site.kv_bytes(target_length)
         if state > kept:
             left[site.name] = (
@@ -266,16 +268,20 @@ def worthwhile(
     return chosen, left
 
 
-def _state_bytes(method: str, config: Any, shape: SiteShape, tokens: int) -> int:
+def _on_meta(method: str, config: Any, shape: SiteShape) -> mixers.Mixer:
     import torch
 
     with torch.device("meta"):
-        return mixers.build(method, shape, config).state_bytes(tokens)
+        return mixers.build(method, shape, config)
 
 
 def break_even(site: Site, method: str, config: Any) -> int | None:
-    """Tokens from which the state is smaller than the teacher's cache (None: never, the cache is bounded)."""
-    state = _state_bytes(method, config, site.shape, 1)
+    """Tokens from which the state is smaller than the teacher's cache (None: never, the cache is bounded, or the state
+    grows as well)."""
+    mixer = _on_meta(method, config, site.shape)
+    if mixer.stateful and not mixer.recurrent:
+        return None
+    state = mixer.state_bytes(1)
     per_token = site.kv_bytes(1)
     tokens = -(-state // per_token)
     return None if site.kv_bytes(tokens) < state else tokens

@@ -27,7 +27,7 @@ from linearize.seams import hf
 from linearize.seams.cache import StateLayer, state_layer
 from linearize.storage import write_atomic
 from linearize.surgery.attach import Surgery
-from linearize.types import InputError, StorageError, Unsupported
+from linearize.types import InputError, StateSpec, StorageError, Unsupported
 
 FORMAT = 1
 
@@ -204,7 +204,7 @@ def _fill(cache: Any, index: int, said: dict[str, Any], own: dict[str, Tensor], 
         assert layer is not None
         state = tuple(own[f"state.{i}"] for i in range(len(own)))
         specs = mixer.state_spec() if mixer is not None else None
-        if specs is None or [tuple(t.shape[1:]) for t in state] != [tuple(spec.shape[1:]) for spec in specs]:
+        if specs is None or len(specs) != len(state) or not all(map(_fits, state, specs)):
             raise StorageError(f"{file}: the state of layer {index} does not fit the model's mixer: write it again")
         layer.slot.state = state
         layer.resume(said["tokens"])
@@ -216,6 +216,11 @@ def _fill(cache: Any, index: int, said: dict[str, Any], own: dict[str, Tensor], 
     layer.keys, layer.values = own["keys"], own["values"]
     if isinstance(layer, hf.DynamicSlidingWindowLayer):
         layer.cumulative_length = said["tokens"]
+
+
+def _fits(tensor: Tensor, spec: StateSpec) -> bool:
+    """Whether a stored tensor is one of this form, for any batch and any number of tokens."""
+    return tensor.ndim == len(spec.shape) and all(n in (-1, m) for n, m in zip(spec.shape, tensor.shape, strict=True))
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
