@@ -144,7 +144,9 @@ def fitting(plan: Plan, chosen: Sequence[Site], recipe: str | None) -> tuple[Pla
                 "cross-entropy: set map to 0 and output above it"
             )
         if getattr(stage, "own", None) and not mixer.teaches:
-            raise InputError(f"stages.{name}.own: {plan.method.name} brings no losses of its own: drop it, or set output")
+            raise InputError(
+                f"stages.{name}.own: {plan.method.name} brings no losses of its own: drop it, or set output"
+            )
     if any(True for _ in mixer.parameters()):
         return plan, []
     kept = [stage for stage in plan.stages if stage.kind != "transfer"] if recipe is not None else []

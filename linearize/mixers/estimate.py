@@ -1,10 +1,10 @@
 """SEA's estimator: a row of attention, guessed in linear time as K pixels, from the output of a linear attention.
 
-Lee et al., "SEA" (2310.01777) section 3.1: linear attention over [place, v], a layer on what it read and the token's own
-value, an image of T rows from all heads together, two convolutions, pixels. Ours: learned feature maps in place of
-FAVOR+'s random ones; places are frequencies turned back by the query's own place (causal) or borders of L in equal parts
-(bidirectional), without tables that end; a bias by distance and by place, started at 1 / (1 + distance); pixels are
-shuffled out of channels where the paper repeats them, no row is skipped, and pixels that cover no key get nothing.
+Lee et al., "SEA" (2310.01777) section 3.1: linear attention over [place, v], a layer on what it read and the token's
+own value, an image of T rows from all heads together, two convolutions, pixels. Ours: learned feature maps in place of
+FAVOR+'s random ones; places are frequencies turned back by the query's own place (causal) or borders of L in equal
+parts (bidirectional), without tables that end; a bias by distance and by place, started at 1 / (1 + distance); pixels
+are shuffled out of channels where the paper repeats them, no row is skipped, and pixels that cover no key get nothing.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ _BIAS = 32
 
 
 class Span(NamedTuple):
-    """Where the tokens of a call stand in their documents: rank_NT (from 0), length_NT (keys that each sees), count_N (how
-    many are real) and valid_NT (which; None: all). N may be 1 for all rows alike."""
+    """Where the tokens of a call stand in their documents: rank_NT (from 0), length_NT (keys that each sees), tokens_N
+    (how many are real) and valid_NT (which; None: all). N may be 1 for all rows alike."""
 
     rank: Tensor
     length: Tensor
-    count: Tensor
+    tokens: Tensor
     valid: Tensor | None
 
 
@@ -51,8 +51,8 @@ class Estimate(NamedTuple):
 
 
 class Estimator(nn.Module):
-    """See the top of this file. Parameters of all heads together have 1 on axis 0. All are of unit size and scaled where
-    they are used, so that one learning rate serves them."""
+    """See the top of this file. Parameters of all heads together have 1 on axis 0. All are of unit size and scaled
+    where they are used, so that one learning rate serves them."""
 
     def __init__(self, shape: SiteShape, width: int, feature_map: FeatureMapName, features: int | None) -> None:
         super().__init__()
@@ -92,15 +92,16 @@ class Estimator(nn.Module):
         gates = (x.detach() @ _scaled(self.gate_HE2, dtype) + self.gate_bias_H2.to(dtype)[:, None]).sigmoid()
         image = (x @ _scaled(self.image_HEC, dtype)).unflatten(-1, (2, self.columns))
         image = F.layer_norm(image, image.shape[-1:]).transpose(2, 3).flatten(1, 2)
-        rows = []
-        for name, kept in zip(("conv", "conv2"), state[1:3] or (None, None), strict=True):
-            weight, bias = getattr(self, f"{name}_1ORCX")[0].to(dtype), getattr(self, name.replace("conv", "bias") + "_1O")
+        rows: list[Tensor] = []
+        layers = ((self.conv_1ORCX, self.bias_1O), (self.conv2_1ORCX, self.bias2_1O))
+        for (weight, bias), kept in zip(layers, state[1:3] or (None, None), strict=True):
             taps, kept = self._taps(image, kept, span)
-            weight = (weight / math.sqrt(weight[0].numel())).flatten(1, 2)[:, :, None]
+            weight = (weight[0].to(dtype) / math.sqrt(weight[0, 0].numel())).flatten(1, 2)[:, :, None]
             image = F.conv2d(taps, weight, bias[0].to(dtype), padding=(0, 1)).relu()
             rows += [] if kept is None else [kept]
-        fine = torch.einsum("oc,nctw->nowt", self.pixels_1OC[0].to(dtype) / math.sqrt(self.pixels_1OC.shape[2]), image)
-        fine = fine.unflatten(1, (self.shape.heads, _UP)).permute(0, 1, 4, 3, 2).flatten(3)  # a column's pixels together
+        mixed = self.pixels_1OC[0].to(dtype) / math.sqrt(image.shape[1])
+        fine = torch.einsum("oc,nctw->notw", mixed, image).unflatten(1, (self.shape.heads, _UP))
+        fine = fine.permute(0, 1, 3, 4, 2).flatten(3)  # the pixels of a column side by side
         logits = fine + self._bias(span, dtype)
         logits = logits.masked_fill((keys_of(span.length, self.width) == 0)[:, None], -torch.inf)
         return Estimate(logits.log_softmax(-1), gates, (*sums, *rows))
@@ -141,7 +142,7 @@ class Estimator(nn.Module):
         if kept is None:
             kept = image_NCTW.new_zeros(*image_NCTW.shape[:2], _REACH, image_NCTW.shape[3])
         x = torch.cat([kept.to(image_NCTW.dtype), image_NCTW], 2)
-        return torch.cat([x[:, :, i : i + T] for i in (0, 2, 4)], 1), last_rows(x, span.count, _REACH)
+        return torch.cat([x[:, :, i : i + T] for i in (0, 2, 4)], 1), last_rows(x, span.tokens, _REACH)
 
     def _bias(self, span: Span, dtype: torch.dtype) -> Tensor:
         """[N, H, T, P] by the distance to a pixel's middle, and by its place."""

@@ -5,14 +5,13 @@ Lee et al., "SEA: Sparse Linear Attention with Estimated Attention Mask" (2310.0
     E = estimate of each row as K pixels (estimate.py);  M = the z best pixels of a query, over all its heads together
     o_t = s_mix (s_prob softmax_M(q_t k^T) v) + (1 - s_mix) mean(v),   z = max(1, round(H k min(K, L) / L))
 
-L is what the query sees, so that it reads about k keys per head whatever L is; pixels widen with it. mean(v): so far, or
-in bidirectional layers by the columns' mean of the estimate. `block: b` is block-SEA: instead of pixels whole blocks of b
-keys, for b queries together, as many pairs as pixels would have; a causal block of queries reads itself, and chooses by
-the estimates of the b queries up to its first, which know no future. Where text and an image stand in one sequence, text
-rows are exact softmax.
-Ours: block-SEA; the budget counts pixels that cover a key (at L < K the paper's counts empty ones); losses on the full
-map are summed over pixels, which is the same and holds no T x T, and nothing else teaches the estimator; no jitter of
-pixels; see estimate.py for the rest.
+L is what the query sees, so that it reads about k keys per head whatever L is; pixels widen with it. mean(v): so far,
+or in bidirectional layers by the columns' mean of the estimate. `block: b` is block-SEA: instead of pixels whole
+blocks of b keys, for b queries together, as many pairs as pixels would have; a causal block of queries reads itself,
+and chooses by the estimates of the b queries up to its first, which know no future. Where text and an image stand in
+one sequence, text rows are exact softmax. Ours: block-SEA; the budget counts pixels that cover a key (at L < K the
+paper's counts empty ones); losses on the full map are summed over pixels, which is the same and holds no T x T, and
+nothing else teaches the estimator; no jitter of pixels; see estimate.py for the rest.
 """
 
 from __future__ import annotations
@@ -43,8 +42,8 @@ ROWS = 512
 
 
 class _Call(NamedTuple):
-    """One call, document by document: documents, span, estimate, and the choice kept_NHIM: by query and pixel, or by block
-    of queries (by query, where a state came before) and block of keys."""
+    """One call, document by document: documents, span, estimate, and the choice kept_NHIM: by query and pixel, or by
+    block of queries (by query, where a state came before) and block of keys."""
 
     docs: Documents
     span: Span
@@ -81,7 +80,9 @@ class Sea(Mixer):
     def adjust(self, config: MixerConfig) -> None:
         assert isinstance(config, Sea.Config)
         if self.shape.causal and config.block > config.k:
-            raise InputError(f"sea: a query reads its own block, so block ({config.block}) must not exceed k ({config.k})")
+            raise InputError(
+                f"sea: a query reads its own block, so block ({config.block}) must not exceed k ({config.k})"
+            )
         self.config = config
 
     @property
@@ -118,8 +119,8 @@ class Sea(Mixer):
         chunk: int,
         output: bool,
     ) -> tuple[Tensor | None, Tensor]:
-        """The loss is KL + squared error of the estimate as pixels, and spread over the keys (section 3.5 there): over a
-        pixel of w keys the two squares differ by the factor w alone, the two KL by what nothing depends on."""
+        """The loss is KL + squared error of the estimate as pixels, and spread over the keys (section 3.5 there): over
+        a pixel of w keys the two squares differ by the factor w alone, the two KL by what nothing depends on."""
         call, parts, _ = self._call(q_BHTK, k_BGTK, v_BGTV, ctx, (), choose=output)
         out = self._answer(call, parts, (), q_BHTK, k_BGTK, v_BGTV, ctx, ()) if output else None
         log_BHTP = call.docs.together(call.estimate.log).clamp(min=-30)
@@ -127,7 +128,7 @@ class Sea(Mixer):
         codes_BT, loss = ctx.codes(q_BHTK), log_BHTP.new_zeros(())
         for start in range(0, q_BHTK.shape[2], chunk):
             rows = slice(start, start + chunk)
-            pixel = pixel_of(rank_BT[:, None], length_BT[:, rows, None], self.config.width).clamp(0, self.config.width - 1)
+            pixel = self._pixel(rank_BT[:, None], length_BT[:, rows, None])
             with torch.no_grad():
                 goal = target(rows)
                 aim = torch.zeros_like(log_BHTP[:, :, rows])
@@ -150,7 +151,8 @@ class Sea(Mixer):
             many = {"block": self.config.block, "scale": ctx.scale, "causal": self.shape.causal, "valid_BT": valid}
             sparse = block_softmax(q, keys, values, call.kept, **many)
         else:
-            sparse = self._rows(q, keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1), call, ctx.scale)
+            keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)
+            sparse = self._rows(q, keys, values, call, ctx.scale)
         if self.shape.causal:
             totals = v.cumsum(2) + (state[3].to(dtype)[:, :, None] if state else 0)
             mean = (totals / call.span.length[:, None, :, None]).repeat_interleave(group, 1)
@@ -187,10 +189,8 @@ class Sea(Mixer):
             at_NT = rank_NT[:, None, :, None]
             room = int(rank_NT.max()) + 1
             filled = int((first_N + docs.count_N).max())
-            keys, values = (
-                F.pad(old.to(new.dtype), (0, 0, 0, room - old.shape[2])).scatter(2, at_NT.expand_as(new), new)[:, :, :filled]
-                for old, new in zip(state[:2], (k, v), strict=True)
-            )
+            wider = (F.pad(old.to(new.dtype), (0, 0, 0, room - old.shape[2])) for old, new in zip(state, (k, v)))
+            keys, values = (x.scatter(2, at_NT.expand_as(new), new)[:, :, :filled] for x, new in zip(wider, (k, v)))
         if ctx.slot is None:
             return call, parts, ()
         wide = v.to(compute_dtype(q, k, v))
@@ -211,7 +211,7 @@ class Sea(Mixer):
         if not self.shape.causal:
             rows = rows if span.valid is None else rows * span.valid[:, None, :, None]
             pooled = F.pad(rows, (0, 0, 0, -T % b)).unflatten(2, (-1, b)).sum(3)
-            length = span.count[:, None]
+            length = span.tokens[:, None]
             blocks = -(-length // b)
             count = torch.where(length > c.k, ((2 * H * c.k + b) // (2 * b)), H * blocks).clamp(min=1)
             score = self._shares(pooled, length, pooled.shape[2])
@@ -221,7 +221,7 @@ class Sea(Mixer):
         reach = 2 * b - 2
         before = state[7].to(rows.dtype) if state else rows.new_zeros(*rows.shape[:2], reach, c.width)
         x = torch.cat([before, rows], 2)
-        tail = (last_rows(x, span.count, reach),)
+        tail = (last_rows(x, span.tokens, reach),)
         if not state:
             start = span.rank[:, ::b]
             pooled = x[:, :, b - 1 :].unfold(2, b, b).sum(-1)
@@ -233,7 +233,8 @@ class Sea(Mixer):
         seen = (start[..., None] + 1 + torch.arange(b, device=start.device)).clamp(max=c.k).sum(-1)
         left = H * (2 * seen - b * (b + 1))  # twice the pairs that pixels would have, without the own block's
         own = start // b
-        count = torch.minimum(((left + b * b) // (2 * b * b)).clamp(min=0), H * own)
+        count = ((left + b * b) // (2 * b * b)).clamp(min=0)
+        count = torch.where(start < c.k, H * own, torch.minimum(count, H * own))
         blocks = int(span.rank.max()) // b + 1
         column = torch.arange(blocks, device=start.device)
         score = self._shares(pooled, start + 1, blocks).masked_fill((column >= own[..., None])[:, None], -torch.inf)
@@ -261,10 +262,13 @@ class Sea(Mixer):
 
     def _seen(self, kept_NHTM: Tensor, rank_NTS: Tensor, length_NT1: Tensor) -> Tensor:
         """Which keys, by their rank, a query's pixels or blocks cover: [N, H, T, S]."""
-        c, M = self.config, kept_NHTM.shape[-1]
-        of = rank_NTS // c.block if c.block else pixel_of(rank_NTS, length_NT1, c.width)
-        of = of.clamp(0, M - 1)[:, None]
+        block = self.config.block
+        of = (rank_NTS // block).clamp(max=kept_NHTM.shape[3] - 1) if block else self._pixel(rank_NTS, length_NT1)
+        of = of[:, None]
         return kept_NHTM.gather(3, of.expand(*kept_NHTM.shape[:3], of.shape[-1]))
+
+    def _pixel(self, rank: Tensor, length: Tensor) -> Tensor:
+        return pixel_of(rank, length, self.config.width).clamp(0, self.config.width - 1)  # some are not visible
 
     def _columns(self, call: _Call) -> Tensor:
         """Mean over the queries of the estimate at each key, [N, H, L], 0 at padding."""
@@ -273,7 +277,7 @@ class Sea(Mixer):
             pixels = pixels * span.valid[:, None, :, None]
         length = span.length[:, :1]
         density = pixels.sum(2) / (length * keys_of(length[:, 0], self.config.width).clamp(min=1))[:, None]
-        pixel = pixel_of(span.rank, length, self.config.width).clamp(0, self.config.width - 1)
+        pixel = self._pixel(span.rank, length)
         columns = density.gather(2, pixel[:, None].expand(*density.shape[:2], -1))
         return columns if span.valid is None else columns * span.valid[:, None]
 
@@ -308,11 +312,11 @@ class Sea(Mixer):
         return weights
 
     def maps(self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTV: Tensor, ctx: Context) -> dict[str, Tensor]:
-        """"estimate": [B, H, T, K pixels]; "interpolated": the same spread over the keys, [B, H, T, T]."""
+        """estimate: [B, H, T, K pixels]; interpolated: the same spread over the keys, [B, H, T, T]."""
         call, *_ = self._call(q_BHTK, k_BGTK, v_BGTV, ctx.without_slot(), ())
         rank_BT, length_BT = self._places(call)
         estimate = call.docs.together(call.estimate.log.exp())
-        pixel = pixel_of(rank_BT[:, None], length_BT[..., None], self.config.width).clamp(0, self.config.width - 1)
+        pixel = self._pixel(rank_BT[:, None], length_BT[..., None])
         density = estimate / keys_of(length_BT, self.config.width).clamp(min=1)[:, None]
         spread = density.gather(3, pixel[:, None].expand(-1, estimate.shape[1], -1, -1))
         return {"estimate": estimate, "interpolated": spread * ctx.visible(q_BHTK)[:, None]}

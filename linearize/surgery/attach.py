@@ -121,6 +121,24 @@ class Surgery:
             for mixer in having:
                 mixer.off = None
 
+    def adjust(self, settings: dict[str, Any]) -> None:
+        """Change settings of all mixers after training. Raises InputError for one that parameters depend on."""
+        kind = mixers.get(self.method)
+        for key in settings:
+            if key not in kind.adjustable:
+                ways = f"only {', '.join(sorted(kind.adjustable))} can" if kind.adjustable else "no setting of it can"
+                raise InputError(f"method {self.method!r}: {key} cannot change after training: {ways}")
+        changed = mixers.configure(kind, {**self.config.model_dump(), **settings})
+        before = self.config
+        try:
+            for mixer in self.mixers.values():
+                mixer.adjust(changed)
+        except InputError:
+            for mixer in self.mixers.values():
+                mixer.config = before
+            raise
+        self.config = changed
+
     def switch(self, on: bool) -> None:
         """The mixers answer (on), or the family's own softmax does; LoRA stays as it is."""
         for port in self._ports():

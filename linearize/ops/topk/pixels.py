@@ -26,8 +26,8 @@ def keys_of(length: Tensor, width: int) -> Tensor:
 
 def shares(density: Tensor, length: Tensor, borders: Tensor) -> Tensor:
     """How much of `density` [..., K] over L keys lies between neighbours of `borders` (keys, J + 1 of them): [..., J].
-    From the middle of a pixel to the next it changes evenly, and goes on so at both ends: stretches inside one pixel are
-    told apart."""
+    From the middle of a pixel to the next it changes evenly, and goes on so at both ends: stretches inside one pixel
+    are told apart."""
     width, (first, last) = density.shape[-1], (density[..., :2], density[..., -2:].flip(-1))
     ends = (2 * x[..., :1] - x[..., 1:] for x in (first, last))
     density = torch.cat([next(ends), density, next(ends)], -1)

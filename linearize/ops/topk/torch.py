@@ -31,7 +31,7 @@ def blocks_torch(
     keys = (row * G + head // (H // G)) * n + j
     scores = blocks(q_BHTK)[queries] @ blocks(k_BGTK)[keys].mT * scale
     place = torch.arange(block, device=scores.device)
-    if T < n * block or valid_BT is not None:
+    if n * block > T or valid_BT is not None:
         real_BT = torch.ones(B, T, device=scores.device, dtype=torch.bool) if valid_BT is None else valid_BT
         real = F.pad(real_BT, (0, n * block - T)).unflatten(1, (n, block))[row, j]
         scores = scores.masked_fill(~real[:, None], -torch.inf)
