@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 
+from linearize.ops import _arena
 from linearize.ops._maps import MAPS
 from linearize.ops.mapped_linear import mapped_linear
 from linearize.ops.mapped_linear import torch as in_chunks
@@ -13,6 +16,13 @@ from linearize.testing.tolerance import check_rounded
 
 pytestmark = pytest.mark.usefixtures("poison")
 K, C, V = 6, 5, 3
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    """No memory from an earlier call: what is not written is NaN."""
+    monkeypatch.setattr(_arena, "KEPT", 0)
+    monkeypatch.setattr(_arena, "_kept", threading.local())
 
 
 def _normal(*sizes, seed=0):
@@ -74,6 +84,14 @@ def test_long_ones_keep_few_states_and_small_blocks_change_nothing(monkeypatch):
     """More chunks than lie between two kept states; fewer rows at once than there are heads."""
     monkeypatch.setattr(in_chunks, "ROWS", 2)
     _both(_inputs((4, 4, 2), 64 * in_chunks.SPAN + 70, batch=1))
+
+
+def test_memory_that_is_used_again_changes_nothing(monkeypatch):
+    monkeypatch.setattr(_arena, "KEPT", 2**26)
+    small, large = _inputs((4, 4, 2), 70), _inputs((4, 4, 2), 200)
+    for tensors in (small, large, small, large):
+        _both(tensors)
+    assert len(_arena._kept.memory) > 2**16
 
 
 def test_continues_where_it_stopped():

@@ -122,5 +122,5 @@ def benchmarks_block(root: Path, here: Path) -> str:
         bench = read(path, Bench)
         link = Path(os.path.relpath(path, here)).as_posix()
         title = f"[{tables.escape_markdown(bench.name)}]({link}), {tables.escape_markdown(bench.machine.device)}"
-        parts.append(f"{title}:\n\n{tables.render(tables.bench_table(bench), 'markdown')}")
+        parts.append(f"{title}:\n\n{tables.render(tables.bench_table(bench, headline=True), 'markdown')}")
     return "\n".join(parts) if parts else "No benchmark file yet.\n"

@@ -306,13 +306,15 @@ class Measure(Strict):
 
 
 class Bench(Provenance):
-    """A benchmark's file. settings: what was held fixed (batch, length, ...). units: by metric."""
+    """A benchmark's file. settings: what was held fixed (batch, length, ...). units: by metric. headline: the rows that
+    stand for the whole in the README (empty: all)."""
 
     kind: Literal["bench"] = "bench"
     name: str
     settings: dict[str, Any]
     units: dict[str, str]
     rows: list[Measure]
+    headline: list[str] = []
     notes: list[str] = []
 
 

@@ -349,10 +349,11 @@ def _ratio(row: Row | None, teacher: Row | None) -> float | None:
     return row.perplexity / teacher.perplexity if teacher is not None and teacher.perplexity else None
 
 
-def bench_table(bench: Bench) -> Table:
-    """A benchmark's rows, columns in the order of its units."""
+def bench_table(bench: Bench, headline: bool = False) -> Table:
+    """A benchmark's rows, columns in the order of its units. headline: only those that stand for the whole."""
     names = list(bench.units)
-    cells: list[list[Cell]] = [[row.name, *(number(row.metrics.get(name), 2) for name in names)] for row in bench.rows]
+    rows = [row for row in bench.rows if not (headline and bench.headline) or row.name in bench.headline]
+    cells: list[list[Cell]] = [[row.name, *(number(row.metrics.get(name), 2) for name in names)] for row in rows]
     return Table(bench.name, ["", *(f"{name} [{unit}]" if unit else name for name, unit in bench.units.items())], cells)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from linearize.mixers import base as mixers
+from linearize.mixers.base import Mixer
 from linearize.surgery.select import break_even
 from linearize.types import Site, SiteShape
 
@@ -95,9 +96,7 @@ def forecast(
                 parameters=len(members) * sum(p.numel() for p in mixer.parameters()),
                 state_bytes=mixer.state_bytes(target_length),
                 break_even_memory=break_even(members[0], method, settings),
-                break_even_flops=_first_below(
-                    lambda T, m=mixer: m.cost(T).flops, lambda T, s=shape: softmax_flops(s, T)
-                ),
+                break_even_flops=break_even_tokens(mixer, shape),
             )
         )
 
@@ -128,6 +127,11 @@ def forecast(
         break_even_memory=_first_below(student_bytes, teacher_bytes) if chosen else None,
         break_even_flops=_first_below(student_flops, teacher_flops) if chosen else None,
     )
+
+
+def break_even_tokens(mixer: Mixer, shape: SiteShape) -> int | None:
+    """Tokens from which the mixer takes no more operations than the teacher's attention (None: never)."""
+    return _first_below(lambda T: mixer.cost(T).flops, lambda T: softmax_flops(shape, T))
 
 
 def softmax_flops(shape: SiteShape, tokens: int) -> float:

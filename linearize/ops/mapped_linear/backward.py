@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from linearize.ops._arena import Arena
 from linearize.ops._maps import MAPS
 from linearize.ops.mapped_linear.operator import Passes, build
 from linearize.ops.mapped_linear.torch import (
@@ -31,9 +32,9 @@ from linearize.ops.mapped_linear.torch import (
 class BackWork(Work):
     """`Work` with the buffers of gradients."""
 
-    def __init__(self, x: Inputs, rows: Rows, length: int) -> None:
-        super().__init__(x, rows, length)
-        like = torch.empty_like
+    def __init__(self, x: Inputs, rows: Rows, length: int, arena: Arena) -> None:
+        super().__init__(x, rows, length, arena)
+        like = arena.like
         self.d_high, self.product = like(self.out, dtype=x.high), like(self.out, dtype=x.high)
         self.d_num, self.d_read, self.d_mass = like(self.out), like(self.out), like(self.mass)
         self.d_scores, self.d_v = like(self.scores), like(self.own_v)
@@ -134,11 +135,12 @@ def _rows(x: Inputs, rows: Rows, given, kept: Tensor, d_new: Tensor, made, eps: 
     d_q, d_k, d_v, d_first = made
     batch, groups, heads = rows
     here, parts = (batch, heads), chunks(x)
-    works = {length: BackWork(x, rows, length) for length in {part.stop - part.start for part in parts}}
+    arena = Arena(x.q)
+    works = {length: BackWork(x, rows, length, arena) for length in {part.stop - part.start for part in parts}}
     work, d_state = works[x.chunk], apart(d_new[here])
     size = min(SPAN, len(parts))
-    states = [Sums(torch.empty_like(d_state.kv), torch.empty_like(d_state.k)) for _ in range(size)]
-    features = [torch.empty_like(work.phi_k) for _ in range(size)]
+    states = [Sums(arena.like(d_state.kv), arena.like(d_state.k)) for _ in range(size)]
+    features = [arena.like(work.phi_k) for _ in range(size)]
     totals = [None if w is None else torch.zeros_like(w) for w in (work.w_q, work.w_k, work.b_q, work.b_k)]
     for first in reversed(range(0, len(parts), SPAN)):
         span = parts[first : first + SPAN]
@@ -166,6 +168,7 @@ def _rows(x: Inputs, rows: Rows, given, kept: Tensor, d_new: Tensor, made, eps: 
             _gather(d_k[batch, groups, part], d_x, work.outer)
             _gather(d_v[batch, groups, part], work.d_v, work.outer)
     joined(d_state, d_first[here])
+    arena.done()
     return totals
 
 

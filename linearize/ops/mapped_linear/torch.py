@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from linearize.ops._arena import Arena
 from linearize.ops._maps import LEAST, MAPS
 
 CHUNK = 64
@@ -103,14 +104,14 @@ class Sums(NamedTuple):
 class Work:
     """The buffers of one block of rows, for chunks of one length, and what is done with them. n: key heads at once."""
 
-    def __init__(self, x: Inputs, rows: Rows, length: int) -> None:
-        self.x, self.rows, self.length = x, rows, length
+    def __init__(self, x: Inputs, rows: Rows, length: int, arena: Arena) -> None:
+        self.x, self.rows, self.length, self.arena = x, rows, length, arena
         b, (g, E), self.R = x.q[rows.batch].shape[0], x.k[0, rows.groups].shape[:2], x.q.shape[2]
         self.n, self.outer = b * g * E, (b, g, E)
         n, R, C, F, K, V = self.n, self.R, x.columns, x.features, x.q.shape[-1], x.v.shape[-1]
 
         def make(*sizes: int, dtype: torch.dtype = x.low) -> Tensor:
-            return x.q.new_empty(sizes, dtype=dtype)
+            return arena.make(*sizes, dtype=dtype)
 
         self.own_q, self.own_k = make(n * R, length, K, dtype=x.high), make(n, length, K, dtype=x.high)
         self.own_v, self.written = make(n, length, V), make(n, length, V)
@@ -272,11 +273,11 @@ def forward(x: Inputs, state_BJFV1: Tensor | None, eps: float, keep: bool) -> tu
         new.copy_(state_BJFV1)
     kept = new.new_empty(B, J, -(-len(parts) // SPAN) if keep else 0, x.features, V + 1)
     for rows in blocks(x):
-        here = (rows.batch, rows.heads)
-        work, state = Work(x, rows, x.chunk), apart(new[here])
+        here, arena = (rows.batch, rows.heads), Arena(x.q)
+        work, state = Work(x, rows, x.chunk, arena), apart(new[here])
         for i, part in enumerate(parts):
             if part.stop - part.start != work.length:
-                work = Work(x, rows, part.stop - part.start)
+                work = Work(x, rows, part.stop - part.start, arena)
             if keep and i % SPAN == 0:
                 joined(state, kept[*here, i // SPAN])
             masks = work.masks(part)
@@ -289,4 +290,5 @@ def forward(x: Inputs, state_BJFV1: Tensor | None, eps: float, keep: bool) -> tu
             mass[at] = work.by_rows(total)
             torch.div(work.by_rows(out), work.by_rows(total.add_(eps))[..., None], out=output[at])
         joined(state, new[here])
+        arena.done()
     return output, mass, new, kept
