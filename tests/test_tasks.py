@@ -28,12 +28,13 @@ import linearize
 from linearize import api, conversion, models
 from linearize.conversion import work_folder
 from linearize.data.images import read_images
+from linearize.data.painter import Painter
 from linearize.data.text import Tokens
 from linearize.plan import Plan
 from linearize.report import readme, schema, verdict
 from linearize.resolve import resolve
 from linearize.testing.pico import pico, pico_config
-from linearize.types import GateError, InputError, Unsupported
+from linearize.types import GateError, InputError, StorageError, Unsupported
 
 WORDS = [
     "the",
@@ -193,6 +194,37 @@ def test_the_readme_has_a_table_for_encoders(seen, tmp_path):
     assert readme.update(tmp_path) == ["README.md"]
     text = (tmp_path / "README.md").read_text()
     assert "hedgehog/small-vit" in text and "top-1" in text and "perplexity" not in text.lower()
+
+
+def test_the_embedded_teacher_needs_no_images(tmp_path):
+    """It is taught by images that are drawn, and says so."""
+    settings = {**SMALL, "data.self_tokens": 197 * 40, "data.valid_tokens": 197 * 8, "eval.limit": 8}
+    done = api.convert(None, task="image", overrides=settings, max_steps=1, output_dir=tmp_path / "out")
+    assert "drawn" in done.report.evaluation and any("--dataset" in note for note in done.report.notes)
+    assert done.report.evaluation.endswith("8 images of 28 x 28 pixels")
+    painter = Painter.beside(models.TEACHERS / "image")
+    assert painter is not None
+    drawn = painter.draw(1100, seed=3)
+    assert drawn.shape == (1100, 1, 28, 28) and torch.equal(drawn[:5], painter.draw(5, seed=3))
+    assert drawn.float().std(0).mean() > 30 and not torch.equal(drawn[:5], painter.draw(5, seed=4))
+    (tmp_path / "painter.safetensors").write_bytes(b"no")
+    with pytest.raises(StorageError, match="delete it"):
+        Painter.beside(tmp_path)
+
+
+def test_a_painter_draws_what_it_was_fitted_to():
+    """Two kinds of images, each with one direction of its own: means and spreads come back."""
+    draw = torch.Generator().manual_seed(0)
+    basis = torch.eye(12).view(12, 1, 3, 4)
+    x = torch.full((2000, 1, 3, 4), 60.0) + 20 * torch.randn(2000, 1, 1, 1, generator=draw) * basis[2]
+    x[1000:] += 90 + 20 * torch.randn(1000, 1, 1, 1, generator=draw) * basis[7]
+    made = Painter.fit(x.clamp(0, 255).to(torch.uint8), [torch.arange(1000), torch.arange(1000, 2000)], 4)
+    drawn = made.draw(4000, seed=0).float()
+    bright = drawn[:, 0, 0, 0] > 100
+    assert 0.45 < bright.float().mean() < 0.55
+    torch.testing.assert_close(drawn[bright].mean(0), x[1000:].mean(0), atol=2, rtol=0)
+    torch.testing.assert_close(drawn[~bright].std(0)[0, 0, 2], torch.tensor(20.0), atol=2, rtol=0)
+    assert drawn[~bright].std(0)[0, 1, 3] < 4 < 15 < drawn[bright].std(0)[0, 1, 3]
 
 
 def test_a_model_in_hand_takes_images_in_hand(vit, images):

@@ -2,6 +2,7 @@
 
     python examples/teachers/garments.py train --data FOLDER --work WORK    # 0.4M-parameter ViT, 196 patches
     python examples/teachers/garments.py check --data FOLDER --work WORK    # top-1, check.json, the card
+    python examples/teachers/garments.py paint --data FOLDER --work WORK    # what draws images where none are named
 
 FOLDER holds the four idx.gz files of Fashion-MNIST (Debian: package dataset-fashion-mnist). Most steps see a
 random part of the patches only, which is cheaper by more than that part; the last see all of them. Training
@@ -190,6 +191,28 @@ def train(args) -> None:
             start = time.time()
 
 
+# -------------------------------------------------------------------------------------------- paint
+
+
+def paint(args) -> None:
+    """A Gaussian for each of --looks looks of each kind of garment, in the space of --axes principal axes."""
+    from linearize.data.painter import FILE, Painter
+
+    torch.set_num_threads(args.threads)
+    images, labels = (part[:-HELD] for part in read_split(args.data, "train"))
+    x_NP, draw = images.flatten(1).float(), torch.Generator().manual_seed(args.seed)
+    groups = []
+    for kind in range(len(NAMES)):
+        rows = (labels == kind).nonzero().flatten()
+        centres = x_NP[rows[torch.randperm(len(rows), generator=draw)[: args.looks]]]
+        for _ in range(20):  # k-means
+            nearest = torch.cdist(x_NP[rows], centres).argmin(1)
+            centres = torch.stack([x_NP[rows[nearest == n]].mean(0) for n in range(args.looks)])
+        groups += [rows[nearest == n] for n in range(args.looks)]
+    Painter.fit(images[:, None], groups, args.axes).save(args.out)
+    print(f"{len(groups)} looks, {(args.out / FILE).stat().st_size / 1e6:.2f} MB", flush=True)
+
+
 # -------------------------------------------------------------------------------------------- check
 
 
@@ -303,6 +326,9 @@ def main() -> None:
     p.add_argument("--lr", type=float, default=3e-3)
     p = commands.add_parser("check", parents=[common])
     p.add_argument("--note", help="how this run departed from the commands, for check.json")
+    p = commands.add_parser("paint", parents=[common])
+    p.add_argument("--looks", type=int, default=4)
+    p.add_argument("--axes", type=int, default=80)
     args = parser.parse_args()
     globals()[args.command](args)
 

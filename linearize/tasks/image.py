@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 from linearize.data.examples import Examples
 from linearize.data.images import Images, Processing, Tower, interpolates, read_images
 from linearize.data.labels import has_head
+from linearize.data.painter import Painter
 from linearize.evaluate.diagnostics import dense_maps
 from linearize.evaluate.quality import WINDOW
 from linearize.mixers import base as mixers
@@ -28,6 +30,7 @@ from linearize.types import InputError
 DIAGNOSED = 4  # images whose attention maps are looked into
 LONGEST = 1100  # tokens: maps are T x T
 SAMPLES = 6
+DRAWN = "images drawn like those that the embedded teacher was trained on (real ones: --dataset)"
 
 
 class Pictures(Compared[Images]):
@@ -69,13 +72,23 @@ class Image(Task):
         elif isinstance(source, Examples):
             raise InputError(f"{type(source).__name__} are no images, which this model looks at: give images")
         elif source in (None, "self"):
-            raise InputError("data.source: name images to train on (--dataset); they need no labels")
+            found = self._drawn()
         elif not isinstance(source, str | Path):
             raise InputError("images come from files, a folder or a hub data set, or as linearize.data.images.Images")
         else:
             found = self._images(source, data.split)
         found.check(self.config)
         return found
+
+    def _drawn(self) -> Images:
+        """As many images as `data.self_tokens` has room for, of the painter beside the model."""
+        painter, tower = Painter.beside(self.folder), Tower.of(self.config)
+        if painter is None:
+            raise InputError("data.source: name images to train on (--dataset); they need no labels")
+        data = self.plan.data
+        count = data.self_tokens // (math.prod(tower.grid(painter.size[1:])) + tower.prefix)
+        pixels = painter.draw(max(count, 1), self.plan.seed if data.self_seed is None else data.self_seed)
+        return Images(pixels, None, Processing.of(tower.channels, self.processor), tower, notes=(DRAWN,))
 
     def _images(self, source: str | Path, split: str | None, limit: int | None = None) -> Images:
         data = self.plan.data
@@ -110,7 +123,8 @@ class Image(Task):
 
     def _pictures(self, images: Images) -> Pictures:
         plan = self.plan
-        own = f"held-out part of {called(plan.data.source, 'the images given')}"
+        given = DRAWN if DRAWN in images.notes else called(plan.data.source, "the images given")
+        own = f"held-out part of {given}"
         name = called(plan.eval.source or plan.data.valid, own)
         rows, columns = images.size
         words = f"{name}: {len(images)} images of {rows} x {columns} pixels"
