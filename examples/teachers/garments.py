@@ -205,9 +205,10 @@ def paint(args) -> None:
     for kind in range(len(NAMES)):
         rows = (labels == kind).nonzero().flatten()
         centres = x_NP[rows[torch.randperm(len(rows), generator=draw)[: args.looks]]]
-        for _ in range(20):  # k-means
-            nearest = torch.cdist(x_NP[rows], centres).argmin(1)
+        nearest = torch.cdist(x_NP[rows], centres).argmin(1)
+        for _ in range(19):  # k-means
             centres = torch.stack([x_NP[rows[nearest == n]].mean(0) for n in range(args.looks)])
+            nearest = torch.cdist(x_NP[rows], centres).argmin(1)
         groups += [rows[nearest == n] for n in range(args.looks)]
     Painter.fit(images[:, None], groups, args.axes).save(args.out)
     print(f"{len(groups)} looks, {(args.out / FILE).stat().st_size / 1e6:.2f} MB", flush=True)
