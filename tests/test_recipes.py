@@ -12,10 +12,11 @@ from linearize.types import InputError
 PAPERS = [
     *("hedgehog/llama-2-7b", "hedgehog/gpt2", "hedgehog/lolcats-llama-3-8b", "hedgehog/lolcats-mistral-7b"),
     *("lawcat/mistral-7b", "lawcat/llama-3.2-1b"),
+    *("sea/opt-125m", "sea/opt-1.3b", "sea/bert-base-mnli"),
     *("hedgehog/bert-base-sst2", "hedgehog/vit-b-16", "lit/deit-tiny"),
 ]
 OURS = [f"hedgehog/{name}" for name in ("demo", "stories15m", "stories15m-window", "stories260k", "smollm2-135m")]
-OURS += ["lawcat/stories15m", "hedgehog/minilm-l6-v2"]
+OURS += ["lawcat/stories15m", "hedgehog/minilm-l6-v2", "sea/demo", "sea/stories15m", "sea/minilm-l6-v2"]
 OURS += [f"{method}/{name}" for method in ("hedgehog", "lit", "clear") for name in ("demo-image", "vit-fashion-mnist")]
 
 
