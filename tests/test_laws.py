@@ -60,6 +60,8 @@ BIDIRECTIONAL_SETTINGS = {
         {"window": 4, "combine": "lolcats", "share": "kv"},
         {"window": 1, "rope": "undo", "feature_map": "exp"},
         {"window": 50},
+        {"decay": "learned", "half_lives": [1, 20]},
+        {"decay": "gated", "half_lives": [1, 20], "share": "kv", "window": 4},
     ],
     "lawcat": [
         {},

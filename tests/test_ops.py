@@ -311,6 +311,24 @@ def test_gated_bidirectional_is_its_definition(gate, gap, packed, tokens):
     )
 
 
+@pytest.mark.parametrize("gap", [0, 3])
+def test_the_right_may_fade_otherwise_than_the_left(gap):
+    column = torch.arange(70)
+    seen = ((column[:, None] - column).abs() >= gap).expand(2, -1, -1)
+
+    def definition(q, k, v, g, right):
+        k, g, right = (x.repeat_interleave(2, 1) for x in (k, g, right))
+        weights = gated_weights(q, k, g, seen, right_BHTF=right, gap=gap)
+        return weights @ v.repeat_interleave(2, 1), weights.sum(-1)
+
+    q, k, v, g = _gated(4, 2, 2, 70)
+    implementations_agree(
+        lambda q, k, v, g, right: gated_bidirectional(q, k, v, g, log_gate_right=right, gap=gap),
+        definition,
+        [q, k, v, g, 3 * g.flip(-1)],
+    )
+
+
 def test_gated_bidirectional_with_open_gates_is_bidirectional():
     q, k, v, g = _gated(4, 2, 1, 70)
     for gap in (0, 3):

@@ -41,7 +41,7 @@ class Mixer(nn.Module, ABC):
     refuses: ClassVar[Mapping[str, str]] = {}
     recurrent: bool = False
     #: whether its bidirectional form tells tokens apart by their order alone
-    ordered: ClassVar[bool] = False
+    ordered: bool = False
     Config: ClassVar[type[MixerConfig]] = MixerConfig
     #: names of the branches that `Surgery.ablate` can switch off; `off` is the one that is off now
     branches: tuple[str, ...] = ()

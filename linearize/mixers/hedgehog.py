@@ -9,7 +9,7 @@ on either side; and `sinks: n` first ones) are exact softmax and the sums run ov
 stand in one sequence, text rows and columns are exact softmax and the sums run over the image. On images `radius: r`
 is the window: the patches less than r away (2412.16112), and all tokens that are no patches. With `decay` S and z
 fade on the way, each feature at its own rate: S_t = exp(g_t) S_{t-1} + .., g_t = -softplus(r + W_g k_t); "learned": r
-alone.
+alone. In encoders what stands on the right fades at rates of its own, so that a feature may look one way only.
 Ours: decay (the paper's state keeps everything; the gates are GLA's, 2312.06635); sinks are kept out of the state; the
 rule "lse"; maps shared per key/value head; the linear branch without RoPE; the normaliser is the state's last column,
 in float32; padding is zeroed after the map.
@@ -29,7 +29,7 @@ from linearize.mixers.parts import Branches, Hybrid, HybridConfig
 from linearize.mixers.patches import CircleBranch, beside_grid, seen_in_circle, text_softmax
 from linearize.ops._dispatch import compute_dtype
 from linearize.ops.bidirectional import Circle, bidirectional, in_pieces, one_by_one
-from linearize.ops.gated_linear import gated_linear, gated_weights
+from linearize.ops.gated_linear import gated_bidirectional, gated_linear, gated_weights
 from linearize.ops.local2d import pairs
 from linearize.ops.mapped_linear import MappedOutput, mapped_linear
 from linearize.types import Context, Cost, InputError, SiteShape, State, StateSpec, Unsupported
@@ -60,12 +60,15 @@ class Hedgehog(Hybrid):
         self.circle = CircleBranch(config.radius, shape) if config.radius else None
         if config.decay == "none":
             return
-        if not shape.causal:
-            raise Unsupported("decay fades the past, which a bidirectional layer does not have: set decay: none")
+        if shape.joint or config.radius:
+            raise Unsupported("decay goes along a sequence, and these tokens stand on a grid: set decay: none")
         low, high = (math.log(n) for n in config.half_lives)
         lives_C = torch.linspace(low, high, self.map_q.columns).exp()  # the halves of a split map share theirs
         rate_F = (math.log(2) / lives_C).expm1().log().repeat(self.map_q.features // self.map_q.columns)
         self.rate_HF = nn.Parameter(rate_F.repeat(self.key_heads, 1))
+        if not shape.causal:
+            self.ordered = True
+            self.right_HF = nn.Parameter(rate_F.repeat(self.key_heads, 1))
         if config.decay == "gated":
             self.gate_HKF = nn.Parameter(torch.zeros(self.key_heads, shape.key_dim, self.map_q.features))
 
@@ -104,7 +107,8 @@ class Hedgehog(Hybrid):
             )
             return Branches(None, far, mass), state
         if not self.shape.causal:
-            far, mass, _ = self._linear(q_lin, k_lin, v_BGTV, ctx.valid_BT, ctx, gap=self.local.width)
+            fading = self._fading(k_lin, ctx)
+            far, mass, _ = self._linear(q_lin, k_lin, v_BGTV, ctx.valid_BT, ctx, fading=fading, gap=self.local.width)
             return Branches(self.local.two_sided(q_BHTK, k_BGTK, v_BGTV, ctx), far, mass), ()
         local = self.local(q_BHTK, k_BGTK, v_BGTV, ctx, state[1 : 1 + self._kept])
         rest = state[1 + self._kept :]
@@ -125,7 +129,7 @@ class Hedgehog(Hybrid):
         valid_BT: Tensor | None,
         ctx: Context,
         state: State = (),
-        fading: Tensor | None = None,
+        fading: tuple[Tensor, ...] = (),
         gap: int = 0,
         circle: Circle | None = None,
     ) -> tuple[Tensor, Tensor, State]:
@@ -135,17 +139,20 @@ class Hedgehog(Hybrid):
             phi_k = self._map_keys(k[:, :, columns])
             return phi_k if valid_BT is None else phi_k * valid_BT[:, None, columns, None]
 
-        if not self.shape.causal and gap == 0 and circle is None and ctx.segments_BT is None:
+        if not (self.shape.causal or gap or circle or fading) and ctx.segments_BT is None:
             out = in_pieces(lambda columns: self.map_q(q[:, :, columns]), features, v)
             return out.numerator / (out.normaliser + self.config.eps)[..., None], out.normaliser, state
         sums, segments = state[0] if state else None, ctx.segments_BT
-        if self.shape.causal and fading is None:
+        if self.shape.causal and not fading:
             out = self._mapped(q, k, v, valid_BT, sums, segments)
             return out.output, out.mass, (out.state,)
         phi_q, phi_k = self.map_q(q), features(slice(None))
         if self.shape.causal:
-            out = gated_linear(phi_q, phi_k, v, fading, state=sums, segments_BT=segments)
+            out = gated_linear(phi_q, phi_k, v, *fading, state=sums, segments_BT=segments)
             state = (out.state,)
+        elif fading:
+            left, right = fading
+            out = gated_bidirectional(phi_q, phi_k, v, left, log_gate_right=right, gap=gap, segments_BT=segments)
         else:
             out = bidirectional(phi_q, phi_k, v, gap=gap, circle=circle, segments_BT=segments)
         return out.numerator / (out.normaliser + self.config.eps)[..., None], out.normaliser, state
@@ -161,16 +168,19 @@ class Hedgehog(Hybrid):
         q_lin, k_lin = self._unrotated(q_BHTK, k_BGTK, ctx)
         return self._linear(q_lin, k_lin, v_BGTV, ctx.valid_BT, ctx, fading=self._fading(k_lin, ctx))[0]
 
-    def _fading(self, k_BGTK: Tensor, ctx: Context) -> Tensor | None:
-        """Log gates broadcastable to [B, key heads, T, F], 0 at padding; None where nothing fades."""
+    def _fading(self, k_BGTK: Tensor, ctx: Context) -> tuple[Tensor, ...]:
+        """Log gates broadcastable to [B, key heads, T, F], 0 at padding: of the past, in encoders also of what is on
+        the right; none where nothing fades."""
         if self.config.decay == "none":
-            return None
+            return ()
         dtype = compute_dtype(k_BGTK)
-        rate = self.rate_HF.to(dtype)[:, None]
+        sides = (self.rate_HF,) if self.shape.causal else (self.rate_HF, self.right_HF)
+        rates = [rate.to(dtype)[:, None] for rate in sides]
         if self.config.decay == "gated":
-            rate = rate + self._for_key_heads(k_BGTK).to(dtype) @ self.gate_HKF.to(dtype)
-        fading = -F.softplus(rate)
-        return fading if ctx.valid_BT is None else fading * ctx.valid_BT[:, None, :, None]
+            more = self._for_key_heads(k_BGTK).to(dtype) @ self.gate_HKF.to(dtype)
+            rates = [rate + more for rate in rates]
+        gates = (-F.softplus(rate) for rate in rates)
+        return tuple(g if ctx.valid_BT is None else g * ctx.valid_BT[:, None, :, None] for g in gates)
 
     # ------------------------------------------------------------------------------------------- the definition
     def far_weights(
@@ -178,11 +188,12 @@ class Hedgehog(Hybrid):
     ) -> Tensor:
         q_lin, k_lin = self._unrotated(q_BHTK, k_BGTK, ctx)
         phi_q, phi_k = self.map_q(q_lin[:, :, rows]), self._for_heads(self._map_keys(k_lin))
-        fading = self._fading(k_lin, ctx)
-        if fading is None:
+        gates = (self._for_heads(g[(None,) * (4 - g.ndim)]) for g in self._fading(k_lin, ctx))
+        fading = [g.expand(-1, -1, phi_k.shape[2], -1) for g in gates]
+        if not fading:
             return (phi_q @ phi_k.mT) * seen_BTT[:, None]
-        fading_BHTF = self._for_heads(fading[(None,) * (4 - fading.ndim)]).expand(-1, -1, phi_k.shape[2], -1)
-        return gated_weights(phi_q, phi_k, fading_BHTF, seen_BTT, gap=gap, rows=rows)
+        right = fading[1] if len(fading) > 1 else None
+        return gated_weights(phi_q, phi_k, fading[0], seen_BTT, right_BHTF=right, gap=gap, rows=rows)
 
     # ------------------------------------------------------------------------------------------------ accounts
     def state_spec(self) -> list[StateSpec]:
@@ -219,6 +230,7 @@ class Hedgehog(Hybrid):
             near = 2 * seen * (s.key_dim + s.value_dim) * s.heads
             inside = 2 * min(tokens, one_by_one(radius)) * (n + s.value_dim) * s.heads
         elif not s.causal:  # one product each way, or with a window a scan from either side
-            state, inside, near = (state, 0, 0) if not w else (2 * state, 2 * inside, 2 * near)
+            scan = w or self.config.decay != "none"
+            state, inside, near = (2 * state, 2 * inside, 2 * near) if scan else (state, 0, 0)
         moved = 4 * (2 * s.heads * s.key_dim + 2 * s.heads * s.value_dim)
         return Cost(float(tokens * (maps + state + inside + near)), float(tokens * moved))

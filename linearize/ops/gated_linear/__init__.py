@@ -60,21 +60,25 @@ def gated_bidirectional(
     v_BGTV: Tensor,
     log_gate: Tensor,
     *,
+    log_gate_right: Tensor | None = None,
     gap: int = 0,
     segments_BT: Tensor | None = None,
     impl: str = "auto",
 ) -> BidirectionalOutput:
     """`gated_linear` from the left and from the right, added; a token's own key counts once, unfaded.
 
+    log_gate_right: of what stands on the right of a query, where it fades otherwise than on the left (None: alike).
+
     On the way from key to query a gate is passed at every token but the key's. gap: keys nearer than this are
     somebody else's, and the others begin to fade `gap` tokens from where they stand. Raises InputError for an unknown
     or refusing `impl`.
     """
     T = q_BHTF.shape[2]
-    g = log_gate[(None,) * (4 - log_gate.ndim)]
-    g = g.expand(*g.shape[:2], T, g.shape[3])
     k, v = late(k_BJTF, v_BGTV, gap, segments_BT)
-    left = gated_linear(q_BHTF, k, v, g, segments_BT=segments_BT, impl=impl)
+    left = gated_linear(q_BHTF, k, v, log_gate, segments_BT=segments_BT, impl=impl)
+    g = log_gate if log_gate_right is None else log_gate_right
+    g = g[(None,) * (4 - g.ndim)]
+    g = g.expand(*g.shape[:2], T, g.shape[3])
     # From the right the key itself is left out: one column late, the query then passes its own gate by itself.
     backward = None if segments_BT is None else -segments_BT.flip(1)  # numbers that never decrease
     q, k, v, g = (x.flip(2) for x in (q_BHTF, k_BJTF, v_BGTV, g))

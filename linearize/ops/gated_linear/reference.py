@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -12,27 +13,31 @@ def gated_weights(
     log_gate_BHTF: Tensor,
     visible_BRT: Tensor,
     *,
+    right_BHTF: Tensor | None = None,
     gap: int = 0,
     rows: slice = slice(None),
 ) -> Tensor:
     """Un-normalised weights [B, H, R, T] of the queries `rows` (R of them) on all keys.
 
     sum_f q_tf k_sf exp(sum of log_gate_uf over the tokens u passed): u = s + gap + 1 .. t for keys on the left,
-    u = t .. s - gap - 1 for keys on the right; 0 where not visible. log_gate may be broadcastable along B, H and F.
+    u = t .. s - gap - 1 for keys on the right, whose gates are right_BHTF (None: the same); 0 where not visible.
+    Gates may be broadcastable along B, H and F.
     """
     T = k_BHTF.shape[2]
     column_T = torch.arange(T, device=k_BHTF.device)
     t_R1, s_T = column_T[rows, None], column_T
-    before = torch.nn.functional.pad(log_gate_BHTF.cumsum(2), (0, 0, 1, 0))  # of all tokens before column 0 .. T
+    sides = [log_gate_BHTF] if right_BHTF is None else [log_gate_BHTF, right_BHTF]
+    before = [F.pad(g.cumsum(2), (0, 0, 1, 0)) for g in sides]  # of all tokens before column 0 .. T
     left_RT = t_R1 >= s_T
     last = torch.where(left_RT, t_R1 + 1, (s_T - gap).clamp(min=0))
     first = torch.where(left_RT, (s_T + gap + 1).clamp(max=T), t_R1)
     total = q_BHRF.new_zeros(())
-    narrow = before.shape[-1] == 1
+    narrow = all(g.shape[-1] == 1 for g in sides)
     for part in torch.arange(q_BHRF.shape[-1]).split(q_BHRF.shape[-1] if narrow else 8):  # never all of B H R T F
         f = slice(int(part[0]), int(part[-1]) + 1)
-        sums = before if narrow else before[..., f]
-        fade = (sums[:, :, last] - sums[:, :, first]).masked_fill(~visible_BRT[:, None, ..., None], -torch.inf).exp()
+        passed = [x[:, :, last] - x[:, :, first] for x in (b if b.shape[-1] == 1 else b[..., f] for b in before)]
+        total_RT = passed[0] if right_BHTF is None else torch.where(left_RT[..., None], *passed)
+        fade = total_RT.masked_fill(~visible_BRT[:, None, ..., None], -torch.inf).exp()
         if narrow:
             total = (q_BHRF @ k_BHTF.mT) * fade[..., 0]
         else:
