@@ -228,6 +228,7 @@ def evaluate(
     teacher: str | Path | None = None,
     limit: int | None = None,
     length: int | None = None,
+    adjust: Mapping[str, Any] | Iterable[str] = (),
     device: str = "auto",
     seed: int | None = None,
     trust_remote_code: bool = False,
@@ -236,39 +237,21 @@ def evaluate(
 
     data: a source of what the model reads; None: the recipe's, or the held-out part in the folder. split: of data.
     pairs: scored pairs of sentences. teacher: the model that was converted (None: what the folder's recipe names).
-    Raises InputError, StorageError.
+    adjust: settings of the method that may change after training. Raises InputError, StorageError.
     """
     from contextlib import nullcontext
     from functools import partial
 
-    from linearize import models, tasks
     from linearize.evaluate.quality import STUDENT
-    from linearize.plan import Plan
+    from linearize.measuring import open_converted
     from linearize.report import verdict
-    from linearize.surgery.attach import Surgery
     from linearize.surgery.twin import twin
-    from linearize.types import InputError
 
-    folder = Path(model)
-    if not (folder / "resolved_recipe.yaml").is_file():
-        raise InputError(f"{model} is no folder that convert wrote: it has no resolved_recipe.yaml")
-    plan = Plan.read(folder / "resolved_recipe.yaml")
     asked = {"source": data, "pairs": pairs, "split": split, "limit": limit, "length": length}
-    changed: dict[str, Any] = {k: v for k, v in asked.items() if v is not None}
-    if data is not None:
-        changed = {"split": None, **changed, "parts": {}}
-    plan = plan.model_copy(
-        update={"eval": plan.eval.model_copy(update=changed), "seed": plan.seed if seed is None else seed}
-    ).checked()
-    options: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code, "task": plan.task}
-    student = models.load_converted(model, **options)
-    surgery = Surgery.of(student.model)
-    assert surgery is not None
-    base = models.load_model(teacher or plan.model.id, dtype=student.model.dtype, **options)
-    task = tasks.of(plan.task)(plan, base.model, base.processor, models.home(base.model, base.source))
-    exam = task.kept(folder) if task.held_out else task.exam(None)
-    if exam is None:
-        raise InputError("this folder holds nothing to measure on: name data with --dataset")
+    found = open_converted(
+        model, asked, teacher=teacher, adjust=adjust, device=device, seed=seed, trust_remote_code=trust_remote_code
+    )
+    plan, student, base, surgery, task, exam = found
     zero = [(name, twin(base.model, method, settings, surgery.sites)) for name, method, settings in task.zero]
     branches = sorted({branch for mixer in surgery.mixers.values() for branch in mixer.branches})
     scores = exam.measure(
@@ -395,13 +378,26 @@ def generate(
     return Written(prompt, text, len(out), len(out) / seconds, kept)
 
 
-def inspect(model: str | Path | nn.Module | None = None, *, trust_remote_code: bool = False) -> Inspected:
-    """The attention of a model, from its configuration; of a converted folder also its mixers. Raises Unsupported."""
+def inspect(
+    model: str | Path | nn.Module | None = None,
+    *,
+    attention: str | Path | None = None,
+    data: str | None = None,
+    adjust: Mapping[str, Any] | Iterable[str] = (),
+    trust_remote_code: bool = False,
+) -> Inspected:
+    """The attention of a model, from its configuration; of a converted folder also its mixers.
+
+    attention: a folder to write maps of a converted folder's attention into, beside softmax over the same q and k: of
+    the first example that it was measured on, or of `data`; adjust: as in `evaluate`. Raises InputError, Unsupported.
+    """
     from linearize import models
+    from linearize.measuring import write_attention
     from linearize.surgery.attach import Surgery
     from linearize.surgery.files import ADAPTER_CONFIG
     from linearize.surgery.select import find
 
+    folder = model
     if isinstance(model, str | Path) and (Path(model) / ADAPTER_CONFIG).is_file():
         model = models.load(model)  # the base's configuration alone does not say what was attached
     named = model is None or isinstance(model, str | Path)
@@ -427,9 +423,10 @@ def inspect(model: str | Path | nn.Module | None = None, *, trust_remote_code: b
                 "state_bytes": None if mixer is None else mixer.state_bytes(1),
             }
         )
+    written = [] if attention is None else write_attention(folder, attention, data, adjust, trust_remote_code)
     name = str(source.id or "embedded") if source else type(model).__name__
     settings = surgery.config.model_dump(mode="json") if surgery else {}
-    return Inspected(name, surgery.method if surgery else None, settings, rows)
+    return Inspected(name, surgery.method if surgery else None, settings, rows, written)
 
 
 def merge(model: str | Path, output_dir: str | Path) -> Saved:

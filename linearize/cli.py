@@ -49,6 +49,9 @@ MaxSteps = Annotated[int | None, typer.Option("--max-steps", help="At most so ma
 Output = Annotated[Path | None, typer.Option("--output-dir", "-o", help="Folder to write; must be empty or absent.")]
 Longer = Annotated[bool, typer.Option("--allow-longer", help="Sequences beyond the model's positions.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
+Adjust = Annotated[
+    list[str] | None, typer.Option("--adjust", help="A setting that may change after training: k=16. Repeatable.")
+]
 Adapter = Annotated[bool, typer.Option("--adapter-only", help="Save what was learned, without the base.")]
 Json = Annotated[bool, typer.Option("--json", help="The answer as JSON on stdout.")]
 
@@ -175,6 +178,7 @@ def evaluate(
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Documents, sentences or images.")] = None,
     length: Annotated[int | None, typer.Option("--length", min=2, help="Positions of each document.")] = None,
     teacher: Annotated[str | None, typer.Option("--teacher", help="What it was converted from, if moved.")] = None,
+    adjust: Adjust = None,
     device: Device = "auto",
     seed: Seed = None,
     trust_remote_code: Trust = False,
@@ -190,6 +194,7 @@ def evaluate(
             teacher=teacher,
             limit=limit,
             length=length,
+            adjust=adjust or (),
             device=device,
             seed=seed,
             trust_remote_code=trust_remote_code,
@@ -261,9 +266,19 @@ def generate(
     )
 
 
-def inspect(model: Model = None, trust_remote_code: Trust = False, json: Json = False) -> None:
-    """Show a model's attention layers, or what a converted folder holds."""
-    _show(api.inspect(model, trust_remote_code=trust_remote_code), json)
+def inspect(
+    model: Model = None,
+    attention: Annotated[
+        Path | None, typer.Option("--attention", help="Folder to write one example's maps to.")
+    ] = None,
+    dataset: Annotated[str | None, typer.Option("--dataset", help="Maps of its first example instead.")] = None,
+    adjust: Adjust = None,
+    trust_remote_code: Trust = False,
+    json: Json = False,
+) -> None:
+    """Show a model's attention layers, or what a converted folder holds; write maps of its attention."""
+    options: Any = {"attention": attention, "data": dataset, "adjust": adjust or ()}
+    _show(api.inspect(model, **options, trust_remote_code=trust_remote_code), json)
 
 
 def merge(

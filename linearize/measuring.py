@@ -1,23 +1,26 @@
-"""The rows of a conversion's table: which variants are measured, and that a finished one is never measured again."""
+"""The rows of a conversion's table: which variants are measured, and that a finished one is never measured again; and
+a finished conversion opened again."""
 
 from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
+from linearize import models, recipe, tasks
 from linearize.evaluate import quality
+from linearize.evaluate.diagnostics import dense_maps
 from linearize.plan import FinetunePlan, Plan
-from linearize.report import schema
+from linearize.report import maps, schema
 from linearize.stages.base import Job
 from linearize.stages.finetune import finetune
-from linearize.storage import write_atomic
+from linearize.storage import check_target, write_atomic
 from linearize.surgery.attach import Surgery
 from linearize.surgery.twin import twin
 from linearize.tasks import Exam, Task
@@ -35,6 +38,64 @@ class Work:
 
     def sub(self, name: str) -> Path | None:
         return None if self.folder is None else self.folder / name
+
+
+class Opened(NamedTuple):
+    """A folder that convert wrote, with its teacher and what both are measured on."""
+
+    plan: Plan
+    student: Any
+    base: Any
+    surgery: Surgery
+    task: Task
+    exam: Exam
+
+
+def open_converted(
+    model: Any,
+    asked: Mapping[str, Any],
+    *,
+    teacher: str | Path | None = None,
+    adjust: Mapping[str, Any] | Iterable[str] = (),
+    device: str = "auto",
+    seed: int | None = None,
+    trust_remote_code: bool = False,
+) -> Opened:
+    """asked: keys of `eval` in place of the recipe's, where not None. adjust: settings of the mixers, or lines
+    "key=value". Raises InputError, StorageError."""
+    if not isinstance(model, str | Path) or not (Path(model) / "resolved_recipe.yaml").is_file():
+        raise InputError(f"{model} is no folder that convert wrote: it has no resolved_recipe.yaml")
+    folder = Path(model)
+    plan = Plan.read(folder / "resolved_recipe.yaml")
+    changed = {k: v for k, v in asked.items() if v is not None}
+    if "source" in changed:
+        changed = {"split": None, **changed, "parts": {}}
+    plan = plan.model_copy(
+        update={"eval": plan.eval.model_copy(update=changed), "seed": plan.seed if seed is None else seed}
+    ).checked()
+    options: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code, "task": plan.task}
+    student = models.load_converted(folder, **options)
+    surgery = Surgery.of(student.model)
+    assert surgery is not None
+    if settings := dict(recipe.pairs(adjust)):
+        surgery.adjust(settings)
+    base = models.load_model(teacher or plan.model.id, dtype=student.model.dtype, **options)
+    task = tasks.of(plan.task)(plan, base.model, base.processor, models.home(base.model, base.source))
+    exam = task.kept(folder) if task.held_out else task.exam(None)
+    if exam is None:
+        raise InputError("this folder holds nothing to measure on: name data with --dataset")
+    return Opened(plan, student, base, surgery, task, exam)
+
+
+def write_attention(
+    model: Any, target: str | Path, data: str | None, adjust: Mapping[str, Any] | Iterable[str], trust_remote_code: bool
+) -> list[str]:
+    """Maps of every head on one example, as numbers and pictures: the files' names. Raises InputError, StorageError."""
+    check_target(target)
+    found = open_converted(model, {"source": data}, adjust=adjust, trust_remote_code=trust_remote_code)
+    numbers = {place if s.layer is None else s.layer: s.shape.heads for place, s in enumerate(found.surgery.sites)}
+    wanted = {layer: range(heads) for layer, heads in numbers.items()}
+    return maps.write(dense_maps(found.surgery, found.exam.example, wanted), Path(target))
 
 
 class Measure:

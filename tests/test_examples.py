@@ -21,6 +21,7 @@ ARGUMENTS = {
     "convert.py": SMALL,
     "encoder.py": ["bert", "sentences.txt", *SMALL],
     "own_data.py": ["stories.jsonl"],
+    "sea_maps.py": [*SMALL, "--keys", "64"],
     "trainer.py": ["3"],
     "vit.py": ["images.npz", *SMALL],
 }
@@ -53,5 +54,9 @@ def test_example(name, tmp_path):
         assert "the same as from the whole prompt: True" in done.stdout
     if name == "attention_pictures.py":
         assert (tmp_path / "attention.png").stat().st_size > 10_000
+    if name == "sea_maps.py":
+        assert "64 keys: perplexity" in done.stdout
+        files = {path.name for path in (tmp_path / "sea" / "maps").iterdir()}
+        assert files == {"maps.safetensors", *(f"layer-{n:02}.png" for n in range(5))}
     if name in ("encoder.py", "vit.py"):
         assert done.stdout.startswith("teacher") and "student" in done.stdout

@@ -7,13 +7,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from linearize.evaluate.diagnostics import dense_maps
 from linearize.mixers import sea as sea_file
 from linearize.ops import topk as topk_op
 from linearize.ops.topk import block_softmax
 from linearize.ops.topk.pixels import first_key, keep_best, keys_of, pixel_of, shares
 from linearize.ops.topk.reference import weights_over
 from linearize.plan import TransferPlan
+from linearize.report.maps import write as write_maps
 from linearize.stages.transfer import relative_error, site_loss, teacher_map
 from linearize.surgery.attach import Surgery, attach
 from linearize.testing.laws import (
@@ -304,3 +307,24 @@ def test_transfer_weighs_what_a_method_brings():
     assert all(g is None for g in torch.autograd.grad(own, gates, allow_unused=True, retain_graph=True))
     rest = [p for n, p in mixer.named_parameters() if "gate" not in n]
     assert all(g is None for g in torch.autograd.grad(output, rest, allow_unused=True))
+
+
+# ------------------------------------------------------------------------------------------------------------- maps
+def test_maps_are_written_beside_softmax(tmp_path):
+    """`inspect --attention`: the estimate, its interpolation, the student's and the teacher's weights of every head."""
+    surgery = attach(pico("llama").eval(), None, "sea", {"k": 4, "width": 16})
+    ids = torch.randint(1, 90, (1, 24), generator=torch.Generator().manual_seed(2))
+    found = dense_maps(surgery, {"input_ids": ids}, {0: [0, 3]})
+    assert set(found) == {(0, 0), (0, 3)}
+    for sides in found.values():
+        assert {name: tuple(x.shape) for name, x in sides.items()} == {
+            **dict.fromkeys(("teacher", "student", "interpolated"), (24, 24)),
+            "estimate": (24, 16),
+        }
+        for name in ("teacher", "estimate", "interpolated"):
+            close(sides[name].sum(-1), torch.ones(24), 1e-5, name)
+        assert float(sides["interpolated"].triu(1).abs().max()) == 0
+    assert write_maps(found, tmp_path / "maps") == ["maps.safetensors", "layer-00.png"]
+    stored = load_file(tmp_path / "maps" / "maps.safetensors")
+    assert torch.equal(stored["layer.0.head.3.interpolated"], found[0, 3]["interpolated"])
+    assert (tmp_path / "maps" / "layer-00.png").read_bytes()[:4] == b"\x89PNG"

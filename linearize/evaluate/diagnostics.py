@@ -106,7 +106,8 @@ def diagnose(surgery: Surgery, documents: Sequence[Document]) -> Diagnostics:
 def dense_maps(
     surgery: Surgery, document: Document, heads: Mapping[int, Sequence[int]] | None = None
 ) -> dict[tuple[int, int], dict[str, Tensor]]:
-    """(layer, head) -> {"teacher", "student"}: weights [T, T] float32 on the CPU, for pictures.
+    """(layer, head) -> {"teacher", "student"}: weights [T, T] float32 on the CPU, for pictures; and further maps
+    that the method has, by their names.
 
     heads: by layer number, those wanted (None: head 0 of the first, middle and last converted layer). Layers that
     are not converted, or whose mixer has no weights, are left out.
@@ -121,8 +122,9 @@ def dense_maps(
         layer = numbers[site.name]
         weights = _both(site, mixer, q, k, v, ctx) if layer in heads else None
         if weights is not None:
+            named = {**dict(zip(_SIDES, weights, strict=True)), **mixer.maps(q, k, v, ctx)}
             for head in heads[layer]:
-                found[layer, head] = {s: w[0, head].float().cpu() for s, w in zip(_SIDES, weights, strict=True)}
+                found[layer, head] = {name: w[0, head].detach().float().cpu() for name, w in named.items()}
 
     _watch(surgery, [document], look)
     return found

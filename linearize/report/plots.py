@@ -123,7 +123,7 @@ def _measured(values: Any) -> bool:
     return bool(values) and any(v is not None for v in values)
 
 
-def _paint(draw: Callable[[Any], None], height: float, width: float = WIDTH) -> bytes:
+def paint(draw: Callable[[Any], None], height: float, width: float = WIDTH) -> bytes:
     """PNG of what `draw(figure)` draws.
 
     Neither pyplot nor a global style is touched: convert() runs in people's notebooks.
@@ -142,7 +142,7 @@ def _paint(draw: Callable[[Any], None], height: float, width: float = WIDTH) -> 
     return out.getvalue()
 
 
-def _colormap() -> Any:
+def colormap() -> Any:
     from matplotlib.colors import LinearSegmentedColormap
 
     return LinearSegmentedColormap.from_list("linearize", SHADES)
@@ -170,7 +170,7 @@ def loss_by_layer(stage: Stage, losses: Mapping[int, list[float]]) -> bytes:
     grid = np.array([losses[layer] for layer in layers])
     steps = _steps(stage, grid.shape[1])
     smooth = np.array([_smooth(line, len(line) // 100) for line in grid])
-    shades = _colormap()
+    shades = colormap()
 
     def draw(figure: Figure) -> None:
         from matplotlib.colors import LogNorm
@@ -206,7 +206,7 @@ def loss_by_layer(stage: Stage, losses: Mapping[int, list[float]]) -> bytes:
         bar.outline.set_visible(False)  # type: ignore[operator]
         _log_axis(bar.ax.yaxis)
 
-    return _paint(draw, 3.6)
+    return paint(draw, 3.6)
 
 
 def loss_by_step(stages: list[Stage]) -> bytes:
@@ -222,7 +222,7 @@ def loss_by_step(stages: list[Stage]) -> bytes:
             ax.set(title=stage.name, xlabel="step", ylabel="loss")
             ax.set_xlim(left=0)
 
-    return _paint(draw, 2.9)
+    return paint(draw, 2.9)
 
 
 def _smooth(values: np.ndarray, reach: int) -> np.ndarray:
@@ -255,7 +255,7 @@ def perplexity_by_position(report: Report) -> bytes:
         ax.set_xlim(left=0)
         ax.legend(loc="upper right")
 
-    return _paint(draw, 3.3)
+    return paint(draw, 3.3)
 
 
 def break_even(state: Mapping[int, Bytes]) -> float | None:
@@ -320,7 +320,7 @@ def state_against_cache(state: Mapping[int, Bytes], even: float | None = None) -
         for axis in (ax.xaxis, ax.yaxis):
             axis.set_minor_formatter(NullFormatter())
 
-    return _paint(draw, 3.6)
+    return paint(draw, 3.6)
 
 
 def _extend(x: np.ndarray, known: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -346,7 +346,7 @@ def error_by_depth(report: Report) -> bytes:
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.legend(loc="upper left")
 
-    return _paint(draw, 3.0)
+    return paint(draw, 3.0)
 
 
 def heads(report: Report) -> bytes:
@@ -374,7 +374,7 @@ def heads(report: Report) -> bytes:
             *axes[0].get_legend_handles_labels(), loc="lower right", bbox_to_anchor=(1, 1.0), ncols=2, borderaxespad=0.2
         )
 
-    return _paint(draw, 0.6 + 2.5 * len(shown))
+    return paint(draw, 0.6 + 2.5 * len(shown))
 
 
 def _slopes(ax: Axes, pair: Pair) -> None:
@@ -401,7 +401,7 @@ def _slopes(ax: Axes, pair: Pair) -> None:
 def attention(report: Report, most: int = 4) -> bytes:
     """The first `most` pictures: teacher above, student below."""
     pictures = report.diagnostics.pictures[:most]
-    shades = _colormap()
+    shades = colormap()
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots(2, len(pictures), squeeze=False)
@@ -423,7 +423,7 @@ def attention(report: Report, most: int = 4) -> bytes:
         bar.set_ticks([0, 0.1**0.5, 0.3**0.5, 1], labels=["0", "0.1", "0.3", "1"])
         bar.outline.set_visible(False)  # type: ignore[operator]
 
-    return _paint(draw, 2 * 8.2 / max(3, len(pictures)) + 0.5)
+    return paint(draw, 2 * 8.2 / max(3, len(pictures)) + 0.5)
 
 
 def gazes(report: Report, most: int = 9) -> bytes:
@@ -448,10 +448,10 @@ def gazes(report: Report, most: int = 9) -> bytes:
                 trio[0].plot(gaze.patch % columns, gaze.patch // columns, "s", color=WINDOW, markersize=5, mfc="none")
             trio[0].set_title(f"layer {gaze.layer}, head {gaze.head}", loc="center", fontsize=7, fontweight="normal")
             for ax, which in zip(trio[1:], ("teacher", "student"), strict=True):
-                ax.imshow(gaze.unpack(which), cmap=_colormap(), vmin=0, vmax=1, interpolation="nearest")
+                ax.imshow(gaze.unpack(which), cmap=colormap(), vmin=0, vmax=1, interpolation="nearest")
                 ax.set_title(which, loc="center", fontsize=7, color=COLOURS[which])
 
-    return _paint(draw, 1.25 * lines + 0.2)
+    return paint(draw, 1.25 * lines + 0.2)
 
 
 def follow(curve: Curve) -> bytes:
@@ -466,4 +466,4 @@ def follow(curve: Curve) -> bytes:
         if max(_floats(curve.x), default=0) >= 1e4:
             ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: count(x) if x else "0"))
 
-    return _paint(draw, 3.0)
+    return paint(draw, 3.0)

@@ -160,7 +160,7 @@ def evaluated(answer: Evaluated) -> RenderableType:
 
 
 def inspected(answer: Inspected) -> RenderableType:
-    """A line per attention layer."""
+    """A line per attention layer, and what was written beside it."""
     settings = ", ".join(f"{key} {value}" for key, value in answer.settings.items())
     title = f"{answer.model}: {f'{answer.method} ({settings})' if answer.method else 'softmax in every layer'}"
     keys = list(answer.sites[0])
@@ -169,4 +169,4 @@ def inspected(answer: Inspected) -> RenderableType:
     table = _table(*(key.replace("_", " ") for key in keys), title=title)
     for site in answer.sites:
         table.add_row(*(escape(_words("bytes" if key == "state_bytes" else key, site[key])) for key in keys))
-    return table
+    return Group(table, f"written: {', '.join(answer.written)}") if answer.written else table

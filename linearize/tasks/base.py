@@ -50,6 +50,11 @@ class Exam(ABC):
     @abstractmethod
     def count(self) -> int: ...
 
+    @property
+    @abstractmethod
+    def example(self) -> dict[str, Tensor]:
+        """The first of them, as a batch of its own; a long one cut: what attention is looked at on."""
+
     @abstractmethod
     def measure(
         self, model: nn.Module, variants: Sequence[Variant], teacher: Teacher, *, progress: bool | None = None

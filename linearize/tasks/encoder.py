@@ -33,6 +33,10 @@ class Compared(Exam, Generic[Data]):
         return len(self.data)
 
     @property
+    def example(self) -> dict[str, Tensor]:
+        return {name: x for name, x in self.data.collate([self.data[0]]).items() if name != "labels"}
+
+    @property
     def wanted(self) -> Tensor | None:
         """The scores that people gave to pairs, where there are some."""
         return None

@@ -40,6 +40,10 @@ class Documents(Exam):
     def count(self) -> int:
         return len(self.documents)
 
+    @property
+    def example(self) -> dict[str, Tensor]:
+        return {"input_ids": self.documents[0][None, : DIAGNOSED[1]]}
+
     def measure(
         self, model: nn.Module, variants: Sequence[Variant], teacher: Teacher, *, progress: bool | None = None
     ) -> list[quality.Score]:
