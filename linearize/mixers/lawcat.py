@@ -131,8 +131,8 @@ class Lawcat(Hybrid):
             if x is None or x.ndim != 3 or x.shape[1] != like_BHTK.shape[2]:
                 raise Unsupported("lawcat's gates need the layer's input, which is not known here: set gate: constant")
             down, up = self.gate_down_JDR.to(dtype), self.gate_up_JRF.to(dtype)
-            low_BJTR = x.to(dtype)[:, None] @ down / math.sqrt(down.shape[1])
-            logits = logits + low_BJTR @ up / math.sqrt(up.shape[1])
+            low_BTJR = (x.to(dtype) @ down.transpose(0, 1).flatten(1)).unflatten(-1, down.shape[::2])  # heads in one product
+            logits = logits + low_BTJR.transpose(1, 2) @ (up / math.sqrt(down.shape[1] * up.shape[1]))
         gates = F.logsigmoid(logits) / _SLOW
         return gates if ctx.valid_BT is None else torch.where(ctx.valid_BT[:, None, :, None], gates, 0)
 

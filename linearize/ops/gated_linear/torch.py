@@ -1,10 +1,12 @@
 """Gated linear attention in chunks, plain torch: O(T), any device, differentiable once.
 
-Inside a chunk, blocks are merged in pairs, 1 + 1, 2 + 2, ... tokens. Queries carry what they faded since their block
-began, keys what they will have faded when theirs ends; later queries on earlier keys of a pair are then one matrix
-product. Only exponentials of sums of log gates occur, all at most 1: no exp(-G) and no differences of sums, so that
-neither strong gates nor long sequences overflow or lose digits. GLA's secondary chunks (2312.06635) take differences;
-here log2(chunk) rounds of O(TF) stand in their place. The state changes by expm1: float32 rounds gates near 1 badly.
+A chunk whose gates keep more than exp(-MILD) of everything is one matrix product: queries times exp(G), keys times exp(-G),
+G summed from the chunk's start (Lizard's form, 2507.09025). In any other, blocks are merged in pairs, 1 + 1, 2 + 2, ...
+tokens. Queries carry what they faded since their block began, keys what they will have faded when theirs ends; later
+queries on earlier keys of a pair are then one matrix product. Only products of gates occur, all at most 1: no exp(-G) and
+no differences of sums, so that strong gates neither overflow nor lose digits. GLA's secondary chunks (2312.06635) take
+differences; here log2(chunk) rounds of O(TF) stand in their place. The state changes by expm1: float32 rounds gates near
+1 badly.
 """
 
 from __future__ import annotations
@@ -15,6 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+#: nats that a chunk may fade by and still be one product: exp(16) costs float32 no digit that the sums have
+MILD = 16.0
 
 
 def gated_linear_torch(
@@ -53,7 +58,8 @@ def _loop(q, k, v, g, state: Tensor, segments_BT: Tensor | None, chunk: int) -> 
     for start in range(0, T, chunk):
         part = slice(start, min(start + chunk, T))
         v_C = v[..., part, :]
-        weights, from_start, to_end = _chunk(*(x[..., part, :] for x in (q, k, g)))
+        parts = [x[..., part, :] for x in (q, k, g)]
+        weights, from_start, to_end = _mild_chunk(*parts) if _mild(parts[-1]) else _chunk(*parts)
         carried = state
         if segments_BT is not None:
             assert last_B1 is not None
@@ -102,6 +108,18 @@ def _blocks(q, k, v, g, state: Tensor, segments_BT: Tensor | None, chunk: int) -
     before = torch.cat([state[..., None, :, :], after], -3)[..., :-1, :, :]
     out = weights @ v + from_start @ before
     return out.flatten(-3, -2)[..., :T, :], after[..., -1, :, :]
+
+
+def _mild(g_CF: Tensor) -> bool:
+    """Whether these gates fade so little. Asked only where the answer does not stop a device or a tracer."""
+    known = g_CF.device.type == "cpu" and not torch.compiler.is_compiling()
+    return known and g_CF.shape[-1] > 1 and float(g_CF.detach().sum(-2).amin()) > -MILD
+
+
+def _mild_chunk(q_CF: Tensor, k_CF: Tensor, g_CF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    kept_CF = g_CF.cumsum(-2).exp()
+    late_q, early_k = q_CF * kept_CF, k_CF * kept_CF.reciprocal()
+    return (late_q @ early_k.mT).tril(), late_q, early_k * kept_CF[..., -1:, :]
 
 
 def _chunk(q_CF: Tensor, k_CF: Tensor, g_CF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
