@@ -92,14 +92,19 @@ class Rotary:
     channels: int
 
     def undo(self, x_BHTK: Tensor) -> Tensor:
-        """x before rotation: the family's function with (cos, -sin), over cos^2 + sin^2 (YaRN scales both)."""
-        head, tail = x_BHTK[..., : self.channels], x_BHTK[..., self.channels :]
-        cos, sin = self.cos.to(head.dtype), self.sin.to(head.dtype)
-        back, _ = self.apply(head, head, cos, -sin)
-        norm = (self.cos.float() ** 2 + self.sin.float() ** 2)[..., :1]
-        norm = norm if norm.ndim == 2 else norm.unsqueeze(1)
-        back = (back / norm).to(x_BHTK.dtype)
-        return torch.cat([back, tail], -1) if tail.shape[-1] else back
+        """x before rotation."""
+        return self.undo_both(x_BHTK, x_BHTK)[0]
+
+    def undo_both(self, q_BHTK: Tensor, k_BGTK: Tensor) -> tuple[Tensor, Tensor]:
+        """q and k before rotation: the family's function with (cos, -sin), over cos^2 + sin^2 (YaRN scales both)."""
+        size = (self.cos.float() ** 2 + self.sin.float() ** 2)[..., :1]
+        cos, sin = ((x / size).to(q_BHTK.dtype) for x in (self.cos, -self.sin))
+        back = self.apply(q_BHTK[..., : self.channels], k_BGTK[..., : self.channels], cos, sin)
+        whole = [
+            torch.cat([head, x[..., self.channels :]], -1) if x.shape[-1] > self.channels else head
+            for head, x in zip(back, (q_BHTK, k_BGTK), strict=True)
+        ]
+        return whole[0].to(q_BHTK.dtype), whole[1].to(k_BGTK.dtype)
 
 
 @dataclass
@@ -151,6 +156,20 @@ class Context:
         if self.causal:
             seen_BRT = seen_BRT & (distance_RT >= 0)
         return seen_BRT if window is None else seen_BRT & (distance_RT.abs() < window)
+
+    def take(self, columns: slice, rows: slice | Tensor = slice(None)) -> Context:
+        """The context of these tokens (and rows of the batch) alone; mask, grid and slot are the whole call's."""
+
+        def cut(x: Tensor | None) -> Any:
+            return None if x is None else x[rows, columns]
+
+        turned = self.rotary
+        if turned is not None:
+            turned = replace(
+                turned, **{n: x[columns] if (x := getattr(turned, n)).ndim == 2 else cut(x) for n in ("cos", "sin")}
+            )
+        names = ("valid_BT", "segments_BT", "positions_BT", "hidden_BTD")
+        return replace(self, rotary=turned, **{name: cut(getattr(self, name)) for name in names})
 
     def without_slot(self) -> Context:
         return replace(self, slot=None)

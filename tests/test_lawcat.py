@@ -57,6 +57,20 @@ def test_with_one_constant_gate_the_numerator_is_retention(per, shape):
     close(parts.far * parts.mass[..., None], weights @ inputs.v.repeat_interleave(2, 1), 1e-6)
 
 
+def test_a_long_text_is_read_in_pieces_where_no_gradients_are_wanted(monkeypatch):
+    inputs, mixer = draw(SHAPE, 50), built()
+    whole, state = mixer.chunked(
+        inputs.q, inputs.k, inputs.v, inputs.ctx, mixer.empty_state(2, torch.device("cpu"), torch.float64)
+    )
+    monkeypatch.setattr("linearize.mixers.lawcat._PIECE", 16)
+    with torch.no_grad():
+        pieces, after = mixer.chunked(
+            inputs.q, inputs.k, inputs.v, inputs.ctx, mixer.empty_state(2, torch.device("cpu"), torch.float64)
+        )
+    close(pieces, whole, 1e-9)
+    _same_state(after, state, "in pieces")
+
+
 def test_a_convolution_reads_the_tokens_before():
     """Taps of 1 at the oldest place are a shift by three tokens."""
     inputs = draw(SHAPE, 20)

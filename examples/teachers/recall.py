@@ -250,7 +250,10 @@ def train(args) -> None:
         running.append(loss.item())
         if step % 10 == 0:
             took = time.time() - start
-            print(f"step {step}  length {length}  loss {sum(running) / len(running):.4f}  {seen / took:.0f} tokens/s", flush=True)
+            print(
+                f"step {step}  length {length}  loss {sum(running) / len(running):.4f}  {seen / took:.0f} tokens/s",
+                flush=True,
+            )
             spent, start, running, seen = spent + took, time.time(), [], 0
         if step % 20 == 0 or step == len(lengths):
             L = lengths[step - 1]

@@ -195,9 +195,11 @@ def layer(
     batch: int = 1,
     repeats: int = 5,
     device: str = "cpu",
+    beside: Callable[[int], dict[str, Any]] = lambda tokens: {},
 ) -> dict[str, dict[str, float]]:
     """Rows "METHOD T" for one attention layer between its projections, untrained mixers against SDPA, metrics as in
-    LAYER_UNITS: q, k and v to the output, over the T patches of each grid. methods: name -> the mixer's settings."""
+    LAYER_UNITS: q, k and v to the output, over the T patches of each grid (causal: over its T tokens in a row).
+    methods: name -> the mixer's settings. beside: what else the context of so many tokens holds."""
     rows: dict[str, dict[str, float]] = {}
     generator, where = torch.Generator().manual_seed(0), torch.device(device)
     for name, settings in methods.items():
@@ -209,7 +211,7 @@ def layer(
                 for heads in (shape.heads, shape.kv_heads)
             )
             v_BGTV = torch.randn(batch, shape.kv_heads, tokens, shape.value_dim, generator=generator).to(where)
-            ctx = Context(causal=shape.causal, scale=shape.scale, grid=grid)
+            ctx = Context(shape.causal, shape.scale, grid=None if shape.causal else grid, **beside(tokens))
 
             @torch.no_grad()
             def softmax(q=q_BHTK, k=k_BGTK, v=v_BGTV) -> Tensor:

@@ -29,6 +29,8 @@ from linearize.types import Context, Cost, SiteShape, State, StateSpec, Unsuppor
 
 #: the paper's divisor of logsigmoid, which keeps gates near 1
 _SLOW = 16
+#: tokens that are mapped, gated and summed at a time where no gradients are wanted
+_PIECE = 512
 HalfLife = Annotated[float, Field(gt=0)]
 
 
@@ -76,6 +78,21 @@ class Lawcat(Hybrid):
         return bias[:, None] if gates == 1 else bias.repeat(heads, gates // columns)
 
     # -------------------------------------------------------------------------------------------- the function
+    def chunked(
+        self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTV: Tensor, ctx: Context, state: State
+    ) -> tuple[Tensor, State]:
+        T, whole = q_BHTK.shape[2], torch.is_grad_enabled() or torch.compiler.is_compiling()
+        if whole or T <= _PIECE or self.local or not self.shape.causal or ctx.segments_BT is not None:
+            return super().chunked(q_BHTK, k_BGTK, v_BGTV, ctx, state)
+        outs = []  # a piece's features and gates stay in a CPU's cache, where those of a long text would not
+        for start in range(0, T, _PIECE):
+            part = slice(start, start + _PIECE)
+            out, state = super().chunked(
+                q_BHTK[:, :, part], k_BGTK[:, :, part], v_BGTV[:, :, part], ctx.take(part), state
+            )
+            outs.append(out)
+        return torch.cat(outs, 2), state
+
     def both(
         self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTV: Tensor, ctx: Context, state: State | None = None
     ) -> tuple[Branches, State]:
@@ -131,7 +148,9 @@ class Lawcat(Hybrid):
             if x is None or x.ndim != 3 or x.shape[1] != like_BHTK.shape[2]:
                 raise Unsupported("lawcat's gates need the layer's input, which is not known here: set gate: constant")
             down, up = self.gate_down_JDR.to(dtype), self.gate_up_JRF.to(dtype)
-            low_BTJR = (x.to(dtype) @ down.transpose(0, 1).flatten(1)).unflatten(-1, down.shape[::2])  # heads in one product
+            low_BTJR = (x.to(dtype) @ down.transpose(0, 1).flatten(1)).unflatten(
+                -1, down.shape[::2]
+            )  # heads in one product
             logits = logits + low_BTJR.transpose(1, 2) @ (up / math.sqrt(down.shape[1] * up.shape[1]))
         gates = F.logsigmoid(logits) / _SLOW
         return gates if ctx.valid_BT is None else torch.where(ctx.valid_BT[:, None, :, None], gates, 0)
@@ -227,11 +246,12 @@ def _convolve(x_BHSK: Tensor, weight_HKC: Tensor, documents_BS: Tensor | None) -
     document's."""
     C = weight_HKC.shape[-1]
     x, T = x_BHSK.to(compute_dtype(x_BHSK)), x_BHSK.shape[2] - C + 1
-    out = x.new_zeros(())
-    for tap, weight_HK in enumerate(weight_HKC.to(x.dtype).unbind(-1)):
-        part = x[:, :, tap : tap + T] * weight_HK[:, None]
-        if documents_BS is not None and tap < C - 1:
+    *before, own_HK = weight_HKC.to(x.dtype).unbind(-1)
+    out = x[:, :, C - 1 :] * own_HK[:, None]
+    for tap, weight_HK in enumerate(before):
+        part = x[:, :, tap : tap + T]
+        if documents_BS is not None:
             same_BT = documents_BS[:, tap : tap + T] == documents_BS[:, C - 1 :]
             part = part * same_BT[:, None, :, None]
-        out = out + part
+        out = torch.addcmul(out, part, weight_HK[:, None])
     return out

@@ -442,7 +442,7 @@ class Hybrid(RecurrentMixer):
     def _unrotated(self, q: Tensor, k: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
         if not self.needs_rotary or ctx.rotary is None:  # None: this layer does not rotate (checked by attach)
             return q, k
-        return ctx.rotary.undo(q), ctx.rotary.undo(k)
+        return ctx.rotary.undo_both(q, k)
 
     def _for_key_heads(self, k_BGTK: Tensor) -> Tensor:
         return k_BGTK.repeat_interleave(self.shape.group, 1) if self.key_heads != k_BGTK.shape[1] else k_BGTK

@@ -87,16 +87,9 @@ class Inputs:
 
     def take(self, columns: slice, rows: slice | Tensor = slice(None)) -> Inputs:
         """The call with only these tokens (and rows of the batch)."""
-
-        def cut(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x[rows, columns]
-
-        rotary = self.ctx.rotary
-        if rotary is not None:
-            rotary = replace(rotary, cos=rotary.cos[rows, columns], sin=rotary.sin[rows, columns])
-        names = ("valid_BT", "segments_BT", "hidden_BTD")
-        ctx = replace(self.ctx, rotary=rotary, **{name: cut(getattr(self.ctx, name)) for name in names})
-        return Inputs(self.q[rows, :, columns], self.k[rows, :, columns], self.v[rows, :, columns], ctx)
+        return Inputs(
+            self.q[rows, :, columns], self.k[rows, :, columns], self.v[rows, :, columns], self.ctx.take(columns, rows)
+        )
 
     def leaves(self) -> Inputs:
         """The same numbers, collecting gradients of their own."""

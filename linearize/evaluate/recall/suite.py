@@ -1,8 +1,8 @@
 """Whether a converted model finds again what its text held: exact match by task, length and depth, row by row.
 
-Rows are variants as in `quality`: the teacher, windows without training, the student, the student with a branch off. All of
-them read the same texts. A length counts for a claim only where the teacher itself is right on 90 % of at least 50
-questions (`counts`): what the teacher cannot find says nothing about a student's memory.
+Rows are variants as in `quality`: the teacher, windows without training, the student, the student with a branch off.
+All of them read the same texts. A length counts for a claim only where the teacher itself is right on 90 % of at least
+50 questions (`counts`): what the teacher cannot find says nothing about a student's memory.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ ENOUGH, QUESTIONS = 0.9, 50
 
 @dataclass(frozen=True)
 class Settings:
-    """What is asked. trials: questions for each task and length, spread evenly over `depths` places of the needle; pairs:
-    of MQAR, each a line of its own (its pairs stand first, its questions last). tokens: of a forward pass, about."""
+    """What is asked. trials: questions for each task and length, spread evenly over `depths` places of the needle.
+    pairs: of MQAR, each a cell of its own (pairs stand first, questions last). tokens: of a forward pass, about."""
 
     tasks: tuple[str, ...] = ("passkey", "s-niah-1", "s-niah-2", "s-niah-3", "needle", "mqar")
     lengths: tuple[int, ...] = (1024, 2048, 4096)
@@ -86,18 +86,27 @@ def measure(
 ) -> dict[str, list[Cell]]:
     """By row, the teacher's first: what each got right.
 
-    longest: the teacher reads no text longer than this (None: all). text: sentences of a real haystack. first: an id every
-    text begins with. Raises InputError where a task does not fit into a length, GateError for logits that are not finite.
+    longest: the teacher reads no text longer than this (None: all). text: sentences of a real haystack. first: an id
+    every text begins with. Raises InputError where a task does not fit into a length, GateError where logits are not
+    finite.
     """
     found: dict[str, list[Cell]] = {TEACHER: [], **{name: [] for name, _ in variants}}
     plan = list(cells(settings))
     with evaluating(model), bar("recall", len(plan) * len(found), progress) as advance:
         for task, length, depth, pairs, texts in plan:
             trials = [
-                trial(task, tokenizer, length, depth=depth or 0.0, pairs=pairs, seed=settings.seed * 10**6 + n, text=text,
-                      first=first)
+                trial(
+                    task,
+                    tokenizer,
+                    length,
+                    depth=depth or 0.0,
+                    pairs=pairs,
+                    seed=settings.seed * 10**6 + n,
+                    text=text,
+                    first=first,
+                )  # fmt: skip
                 for n in range(texts)
-            ]  # fmt: skip
+            ]
             for name, enter in [(TEACHER, teacher), *variants]:
                 advance(1)
                 if name == TEACHER and longest is not None and length > longest:
@@ -127,7 +136,7 @@ def answered(model: nn.Module, trials: Sequence[Trial], tokens: int = 16384, nam
 
 
 def _likeliest(model: Any, ids_BT: Tensor, mask_BT: Tensor, columns_N: Tensor, name: str) -> Tensor:
-    """The likeliest next token at these columns, [B, N] on the CPU. Logits are made for them alone where the model can."""
+    """The likeliest next token at these columns, [B, N] on the CPU. Other logits are left out where the model can."""
     device = next(model.parameters()).device
     mask = None if mask_BT.all() else mask_BT.long().to(device)
     few = "logits_to_keep" in inspect.signature(model.forward).parameters

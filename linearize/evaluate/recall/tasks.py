@@ -1,8 +1,8 @@
 """Texts that hide something and ask for it: passkey, S-NIAH-1, -2 and -3, a needle in real text, MQAR.
 
-Passkey: Mohtashami and Jaggi (2305.16300). S-NIAH: RULER (2404.06654). MQAR: Zoology (2312.04927), pairs first and every
-question once. The wording is ours and short. Answers are marked by their place in the text, so that one forward pass
-says whether greedy decoding would give them: each token of an answer is then the likeliest after the ones before.
+Passkey: Mohtashami and Jaggi (2305.16300). S-NIAH: RULER (2404.06654). MQAR: Zoology (2312.04927), pairs first and
+every question once. The wording is ours and short. Answers are marked by their place in the text, so that one forward
+pass says whether greedy decoding would give them: each token of an answer is then the likeliest after the ones before.
 All of it is plain text and works with any fast tokenizer. A seed and the settings decide everything.
 """
 
@@ -20,14 +20,19 @@ from torch import Tensor
 from linearize.types import InputError
 
 NOISE = ("The grass is green.", "The sky is blue.", "The sun is yellow.", "Here we go.", "There and back again.")
-WORDS = (
+_TEXT = (
     "road tree river house stone window table letter garden winter summer morning evening music paper silver golden "
     "little great under over through between after before never always people children water light story world "
     "mountain forest village bridge horse train ship island ocean desert market school church tower castle king "
     "queen soldier farmer doctor teacher walked found gave took went looked turned opened closed carried followed"
-).split()
-_FIRST, _LAST = "ba do fe gu hi jo ku la mi no pe ri su ta vo zu".split(), "bor dan fin gul hem jik kos lum".split()
-_SECOND = "bi da fo ge hu ja ko li mu na po re si tu va ze".split()
+)
+WORDS = tuple(_TEXT.split())
+_SYLLABLES = (
+    "ba do fe gu hi jo ku la mi no pe ri su ta vo zu",
+    "bi da fo ge hu ja ko li mu na po re si tu va ze",
+    "bor dan fin gul hem jik kos lum",
+)
+_FIRST, _SECOND, _LAST = (line.split() for line in _SYLLABLES)
 #: what MQAR pairs: names of two syllables, and values of a third kind
 KEYS = tuple(a + b for a in _FIRST for b in _SECOND)
 VALUES = tuple(a + b for a in _SECOND for b in _LAST)

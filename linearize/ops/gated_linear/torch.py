@@ -1,12 +1,12 @@
 """Gated linear attention in chunks, plain torch: O(T), any device, differentiable once.
 
-A chunk whose gates keep more than exp(-MILD) of everything is one matrix product: queries times exp(G), keys times exp(-G),
-G summed from the chunk's start (Lizard's form, 2507.09025). In any other, blocks are merged in pairs, 1 + 1, 2 + 2, ...
-tokens. Queries carry what they faded since their block began, keys what they will have faded when theirs ends; later
-queries on earlier keys of a pair are then one matrix product. Only products of gates occur, all at most 1: no exp(-G) and
-no differences of sums, so that strong gates neither overflow nor lose digits. GLA's secondary chunks (2312.06635) take
-differences; here log2(chunk) rounds of O(TF) stand in their place. The state changes by expm1: float32 rounds gates near
-1 badly.
+A chunk whose gates keep more than exp(-MILD) of everything is one matrix product: queries times exp(G), keys times
+exp(-G), G summed from the chunk's start (Lizard's form, 2507.09025). In any other, blocks are merged in pairs, 1 + 1,
+2 + 2, ... tokens. Queries carry what they faded since their block began, keys what they will have faded when theirs
+ends; later queries on earlier keys of a pair are then one matrix product. There only exponentials of sums of log gates
+occur, all at most 1: no exp(-G) and no differences of sums, so that strong gates neither overflow nor lose digits.
+GLA's secondary chunks (2312.06635) take differences; here log2(chunk) rounds of O(TF) stand in their place. The state
+changes by expm1: float32 rounds gates near 1 badly.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def _loop(q, k, v, g, state: Tensor, segments_BT: Tensor | None, chunk: int) -> 
         part = slice(start, min(start + chunk, T))
         v_C = v[..., part, :]
         parts = [x[..., part, :] for x in (q, k, g)]
-        weights, from_start, to_end = _mild_chunk(*parts) if _mild(parts[-1]) else _chunk(*parts)
+        weights, from_start, to_end = _mild_chunk(*parts) if mild(parts[-1]) else _chunk(*parts)
         carried = state
         if segments_BT is not None:
             assert last_B1 is not None
@@ -110,7 +110,7 @@ def _blocks(q, k, v, g, state: Tensor, segments_BT: Tensor | None, chunk: int) -
     return out.flatten(-3, -2)[..., :T, :], after[..., -1, :, :]
 
 
-def _mild(g_CF: Tensor) -> bool:
+def mild(g_CF: Tensor) -> bool:
     """Whether these gates fade so little. Asked only where the answer does not stop a device or a tracer."""
     known = g_CF.device.type == "cpu" and not torch.compiler.is_compiling()
     return known and g_CF.shape[-1] > 1 and float(g_CF.detach().sum(-2).amin()) > -MILD
