@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import linearize
 from linearize.evaluate.diagnostics import dense_maps
 from linearize.mixers import sea as sea_file
 from linearize.ops import topk as topk_op
@@ -17,6 +18,7 @@ from linearize.ops.topk.pixels import first_key, keep_best, keys_of, pixel_of, s
 from linearize.ops.topk.reference import weights_over
 from linearize.plan import TransferPlan
 from linearize.report.maps import write as write_maps
+from linearize.seams.dit_inputs import small_inputs
 from linearize.stages.transfer import relative_error, site_loss, teacher_map
 from linearize.surgery.attach import Surgery, attach
 from linearize.testing.laws import (
@@ -31,7 +33,7 @@ from linearize.testing.laws import (
     gradients,
     implementations_agree,
 )
-from linearize.testing.pico import pico
+from linearize.testing.pico import DIFFUSION, pico, pico_diffusion
 from linearize.testing.tolerance import close
 from linearize.types import InputError, Slot
 
@@ -260,6 +262,55 @@ def test_a_whole_model(poison):
         for _ in range(6):
             again = torch.cat([again, model(again, use_cache=False).logits[:, -1:].argmax(-1)], 1)
         assert torch.equal(out, again)
+
+
+@pytest.mark.parametrize("block", [0, 8])
+@pytest.mark.parametrize("family", ["bert", "vit", "pixart", "flux"])
+def test_everything_kept_is_the_teacher_wherever_attention_is(family, block):
+    """Encoders (with padding), vision transformers, and the image rows of diffusion transformers."""
+    noise = torch.Generator().manual_seed(0)
+    if family in DIFFUSION:
+        model = pico_diffusion(family)
+        inputs = {**small_inputs(model, (3, 5), 2, 5), "return_dict": False}
+    elif family == "vit":
+        model = pico("vit")
+        size = model.config.image_size
+        inputs = {"pixel_values": torch.randn(2, model.config.num_channels, size, size, generator=noise)}
+    else:
+        model = pico("bert")
+        mask = (torch.arange(20) < torch.tensor([[20], [13]])).long()
+        inputs = {"input_ids": torch.randint(1, 90, (2, 20), generator=noise), "attention_mask": mask}
+
+    def run():
+        with torch.no_grad():
+            out = model(**inputs)[0]
+        return out[inputs["attention_mask"].bool()] if family == "bert" else out
+
+    expected = run()
+    surgery = attach(model, None, "sea", {"k": 200, "width": 16, "block": block})
+    for mixer in surgery.mixers.values():
+        _open(mixer)
+    close(run(), expected, 1e-4)
+    surgery.adjust({"k": 3, "block": 0})
+    assert not torch.allclose(run(), expected, atol=1e-3)
+
+
+def test_a_prompt_is_kept_and_continued(tmp_path):
+    """A state that grows goes into the file like one that does not."""
+    model = pico("llama").eval()
+    attach(model, None, "sea", {"k": 6, "width": 16, "block": 4})
+    ids = torch.randint(1, 90, (2, 14), generator=torch.Generator().manual_seed(1))
+    linearize.prefix(model, ids[:, :9], file=tmp_path / "prompt")
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits[:, 9:]
+        for _ in range(2):
+            cache = linearize.restore(model, tmp_path / "prompt")
+            close(model(ids[:, 9:], past_key_values=cache).logits, expected, 1e-5)
+    surgery = Surgery.of(model)
+    assert surgery is not None
+    surgery.adjust({"block": 0})
+    with pytest.raises(InputError, match="made by another model"):
+        linearize.restore(model, tmp_path / "prompt")
 
 
 # ----------------------------------------------------------------------------------------------------------- losses
