@@ -39,9 +39,9 @@ def sequences(count: int = 12, seed: int = 0) -> Tokens:
     return Tokens(ids, offsets, starts, ~starts, {"length": LENGTH})
 
 
-def job(mixer: dict | None = None, family: str = "llama", **more) -> Job:
+def job(mixer: dict | None = None, family: str = "llama", method: str = "hedgehog", **more) -> Job:
     model = pico(family)
-    surgery = linearize.attach(model, None, "hedgehog", mixer or {})
+    surgery = linearize.attach(model, None, method, mixer or {})
     return Job(model=model, surgery=surgery, data=sequences(), progress=False, digest="d", **more)
 
 
@@ -273,6 +273,21 @@ def test_a_checkpoint_of_another_plan_is_refused(tmp_path):
         transfer(other, TRANSFER)
 
 
+def test_an_estimate_learns_from_its_own_losses_alone():
+    """Transfer without the output leaves the gates alone; fine-tuning then moves the gates and leaves the estimate."""
+    made = job({"k": 4, "width": 16}, method="sea")
+    before = weights(made.model)
+    report = transfer(made, TRANSFER.model_copy(update={"tokens": LENGTH * BATCH * 40, "output": 0.0}))
+    assert sum(report.series["loss"][-5:]) < 0.9 * sum(report.series["loss"][:5])
+    between = weights(made.model)
+    changed = {n for n in before if not torch.equal(before[n], between[n])}
+    assert changed == {n for n in before if "linearize_mixer" in n and "estimator.gate" not in n}
+    finetune(made, FINETUNE.model_copy(update={"tokens": LENGTH * BATCH * 3}))
+    after = weights(made.model)
+    changed = {n for n in between if n in after and not torch.equal(between[n], after[n])}
+    assert changed == {n for n in between if "estimator.gate" in n}
+
+
 # ------------------------------------------------------------------------------------------------------- the loop
 def test_order_continues_where_it_stopped():
     whole = list(Order(7, seed=3, first=0, last=15, batch=2))
@@ -304,7 +319,7 @@ sys.path.insert(0, {tests!r})
 from test_stages import TRANSFER, FINETUNE, LoraPlan, job
 from linearize.stages.transfer import transfer
 from linearize.stages.finetune import finetune
-made = job()
+made = job(method={method!r})
 losses = transfer(made, TRANSFER).series["loss"]
 losses += finetune(made, FINETUNE.model_copy(update={{"lora": LoraPlan(r=2)}})).series["loss"]
 import os
@@ -313,11 +328,12 @@ with open(f"{out}-{{os.environ.get('RANK', 'one')}}.json", "w") as file:
 """
 
 
-def test_two_processes_equal_one(tmp_path):
+@pytest.mark.parametrize("method", ["hedgehog", pytest.param("sea", marks=pytest.mark.slow)])
+def test_two_processes_equal_one(method, tmp_path):
     """torchrun, gloo: the mean of both processes' losses is the loss of one."""
     script = tmp_path / "two.py"
     out = tmp_path / "losses"
-    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), out=out))
+    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), out=out, method=method))
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     here = str(Path(linearize.__file__).parent.parent)
     environment["PYTHONPATH"] = os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])

@@ -114,7 +114,7 @@ def rate(plan: TransferPlan | FinetunePlan, step: int, steps: int) -> float:
 def train(job: Job, objective: Objective, plan: TransferPlan | FinetunePlan) -> StageReport:
     """Minimise the objective for plan.tokens processed tokens. Raises GateError on NaN, InputError for bad resumes."""
     from accelerate import Accelerator
-    from accelerate.utils import DataLoaderConfiguration
+    from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs
 
     name = objective.name
     length = job.data.mean
@@ -130,9 +130,12 @@ def train(job: Job, objective: Objective, plan: TransferPlan | FinetunePlan) -> 
     if done >= steps:
         return report
     device = next(iter(trained.values())).device
+    # Where a method has losses of its own, some parameters learn from those alone.
+    apart = any(mixer.teaches for mixer in job.surgery.mixers.values())
     accelerator = Accelerator(
         cpu=device.type == "cpu",
         dataloader_config=DataLoaderConfiguration(split_batches=True, use_seedable_sampler=False),
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=apart)],
     )
     if plan.batch % accelerator.num_processes:
         raise InputError(f"batch {plan.batch} cannot be split over {accelerator.num_processes} processes")
