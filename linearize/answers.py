@@ -103,6 +103,22 @@ class Evaluated:
 
 
 @dataclass(frozen=True)
+class Drawn:
+    """Drawings of a diffusion model in a folder; tokens: patches in all of them."""
+
+    folder: Path
+    drawings: int
+    tokens: int
+    digest: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"folder": str(self.folder), "drawings": self.drawings, "tokens": self.tokens, "digest": self.digest}
+
+    def render(self) -> Any:
+        return f"{self.drawings:,} drawings ({self.tokens:,} patches) in {self.folder}: train with --dataset"
+
+
+@dataclass(frozen=True)
 class Benched:
     """A benchmark file's content, and where it was written (None: nowhere)."""
 

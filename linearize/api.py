@@ -7,7 +7,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from linearize.answers import Benched, Environment, Evaluated, Inspected, Listing, Planned, Reported, Saved, Written
+from linearize.answers import (
+    Benched,
+    Drawn,
+    Environment,
+    Evaluated,
+    Inspected,
+    Listing,
+    Planned,
+    Reported,
+    Saved,
+    Written,
+)
 from linearize.resolve import choose, fitting, resolve
 
 if TYPE_CHECKING:
@@ -64,94 +75,12 @@ def plan(
 
 def listing(kind: str) -> Listing:
     """What there is of "methods", "families", "recipes" or "embedded". Raises InputError for another word."""
+    from linearize import listings
     from linearize.types import InputError, nearest
 
-    makers = {"methods": _methods, "families": _families, "recipes": _recipes, "embedded": _embedded}
-    if kind not in makers:
+    if kind not in LISTS:
         raise InputError(f"there is no list of {kind!r}: {nearest(kind, LISTS)}")
-    return Listing(kind, makers[kind]())
-
-
-def _methods() -> list[dict[str, Any]]:
-    from linearize.mixers import base
-
-    rows = []
-    for name in base.names():
-        mixer = base.get(name)
-        rows.append(
-            {
-                "name": name,
-                "fits": [where for where in base.HOMES if base.refusal(name, where) is None],
-                "refuses": {where: why for where in base.HOMES if (why := base.refusal(name, where))},
-                "needs": sorted(mixer.needs),
-                "state": "constant" if mixer.recurrent else "grows",
-                "settings": {key: field.get_default(call_default_factory=True) for key, field in _fields(mixer)},
-                "paper": mixer.paper,
-            }
-        )
-    return rows
-
-
-def _fields(mixer: Any) -> list[tuple[str, Any]]:
-    return list(mixer.Config.model_fields.items())
-
-
-def _families() -> list[dict[str, Any]]:
-    """Asked of a skeleton of each family, not remembered."""
-    import torch
-    from transformers.utils import logging
-
-    from linearize import models
-    from linearize.surgery.select import find
-    from linearize.testing.pico import FAMILIES, IMAGE_ENCODERS, TEXT_ENCODERS, pico_config
-    from linearize.types import Unsupported
-
-    logging.set_verbosity_error()  # tiny configurations make some families warn
-    rows = []
-    for family in (*FAMILIES, *TEXT_ENCODERS, *IMAGE_ENCODERS):
-        config = pico_config(family)
-        try:
-            with torch.no_grad():
-                sites = find(models.skeleton(config))
-        except Unsupported as error:
-            rows.append({"name": family, "task": "-", "reached": "no", "drops": str(error)})
-            continue
-        drops = list(dict.fromkeys(drop for site in sites for drop in site.drops))
-        task = models.kind(config)[0]
-        rows.append({"name": family, "task": task, "reached": sites[0].seam, "drops": "; ".join(drops)})
-    return rows
-
-
-def _recipes() -> list[dict[str, Any]]:
-    from linearize.plan import Plan
-    from linearize.recipe import recipes
-
-    rows = []
-    for name in recipes():
-        made = Plan.read(name)
-        form = made.model.form or {}
-        rows.append(
-            {
-                "name": name,
-                "task": made.task,
-                "method": made.method.name,
-                "model": made.model.id or form.get("model_type") or "any",
-                "tokens": sum(stage.tokens for stage in made.stages),
-                "measured": made.measured,
-            }
-        )
-    return rows
-
-
-def _embedded() -> list[dict[str, Any]]:
-    from linearize import models
-
-    rows = []
-    for name in models.embedded():
-        config = models.config(models.source(models.TEACHERS / name))
-        size = sum(path.stat().st_size for path in (models.TEACHERS / name).iterdir())
-        rows.append({"name": name, "model": config.model_type, "layers": config.num_hidden_layers, "bytes": size})
-    return rows
+    return Listing(kind, getattr(listings, kind)())
 
 
 def environment() -> Environment:
@@ -217,6 +146,52 @@ def convert(
         trust_remote_code=trust_remote_code,
         say=logging.getLogger("linearize").info,
     )
+
+
+def selfgen(
+    output_dir: str | Path,
+    model: str | Path | nn.Module | None = None,
+    *,
+    num: int,
+    classes: str = "all",
+    prompts: str | Path | None = None,
+    steps: int = 20,
+    guidance: float | None = None,
+    seed: int = 0,
+    batch: int | None = None,
+    device: str = "auto",
+    pipeline: Any = None,
+    **options: Any,
+) -> Drawn:
+    """`num` drawings of a diffusion model with their conditions and seeds, in a folder that `convert` trains on.
+
+    classes: "all", or numbers by commas, of class-conditional models; prompts: a file with one on each line, of
+    pipelines of texts (`model` names the pipeline; or `pipeline`, one in hand). options: those of the pipeline (height,
+    width). The same call goes on where it was interrupted, and writes the same bytes. Raises InputError, Unsupported,
+    StorageError.
+    """
+    from linearize import denoisers, models
+    from linearize.data import drawing
+
+    if prompts is not None:
+        pipe = pipeline if pipeline is not None else denoisers.load_pipeline(str(model), device)
+        lines = [line.strip() for line in Path(prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
+        made = drawing.draw_prompts(
+            pipe, lines, num, seed=seed, steps=steps, guidance=guidance, batch=batch or 4, folder=output_dir, **options
+        )
+        return Drawn(Path(output_dir), len(made), made.tokens, made.digest)
+    loaded = models.load_model(models.source(model, task="diffusion"), device=device)  # type: ignore[arg-type]
+    try:
+        chosen = None if classes == "all" else [int(n) for n in classes.split(",")]
+    except ValueError:
+        from linearize.types import InputError
+
+        raise InputError(f"--classes {classes}: write all, or numbers by commas: 0,3,7") from None
+    made = drawing.draw_classes(
+        loaded.model, loaded.processor, num, classes=chosen, seed=seed, steps=steps, guidance=guidance or 1.0,
+        batch=batch or 32, folder=output_dir,
+    )  # fmt: skip
+    return Drawn(Path(output_dir), len(made), made.tokens, made.digest)
 
 
 def evaluate(
@@ -394,11 +369,11 @@ def inspect(
     from linearize import models
     from linearize.measuring import write_attention
     from linearize.surgery.attach import Surgery
-    from linearize.surgery.files import ADAPTER_CONFIG
+    from linearize.surgery.files import is_adapter
     from linearize.surgery.select import find
 
     folder = model
-    if isinstance(model, str | Path) and (Path(model) / ADAPTER_CONFIG).is_file():
+    if isinstance(model, str | Path) and is_adapter(Path(model)):
         model = models.load(model)  # the base's configuration alone does not say what was attached
     named = model is None or isinstance(model, str | Path)
     source = models.source(model) if named else None

@@ -34,7 +34,7 @@ app = typer.Typer(
 Model = Annotated[str | None, typer.Option("--model", "-m", help="Hub id, folder, GGUF file; none: the embedded one.")]
 Converted = Annotated[str, typer.Option("--model", "-m", help="Folder or hub id of a converted model.")]
 Task = Annotated[
-    str | None, typer.Option("--task", help="text, sentences or image: of the embedded model, or to check.")
+    str | None, typer.Option("--task", help="text, sentences, image or diffusion: of the embedded model, or to check.")
 ]
 Method = Annotated[str | None, typer.Option("--method", help="What replaces softmax; see: list methods.")]
 Recipe = Annotated[str | None, typer.Option("--recipe", "-r", help="Name or file; none: the best for the model.")]
@@ -241,6 +241,37 @@ def bench(
     )
 
 
+def selfgen(
+    output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Folder of drawings; goes on where it ended.")],
+    num: Annotated[int, typer.Option("--num", "-n", min=1, help="How many drawings.")],
+    model: Model = None,
+    classes: Annotated[str, typer.Option("--classes", help="all, or numbers by commas.")] = "all",
+    prompts: Annotated[Path | None, typer.Option("--prompts", help="A file with a prompt on each line.")] = None,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Denoising steps of each.")] = 20,
+    guidance: Annotated[float | None, typer.Option("--guidance", help="None: the pipeline's own; classes: 1.")] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Drawing n depends on it and n alone.")] = 0,
+    batch: Annotated[int | None, typer.Option("--batch", min=1, help="Drawings at a time, and in a file.")] = None,
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Let a diffusion model draw its own training data: latents, conditions and seeds."""
+    _show(
+        api.selfgen(
+            output_dir,
+            model,
+            num=num,
+            classes=classes,
+            prompts=prompts,
+            steps=steps,
+            guidance=guidance,
+            seed=seed,
+            batch=batch,
+            device=device,
+        ),
+        json,
+    )
+
+
 def generate(
     model: Converted,
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="Text to go on from.")] = "",
@@ -325,7 +356,7 @@ def environment(json: Json = False) -> None:
 
 _NAMES = {"evaluate": "eval", "listing": "list", "environment": "env"}
 _VERBS: tuple[Callable[..., None], ...] = (
-    convert, plan, evaluate, bench, generate, inspect, merge, export, report, listing, environment,
+    convert, plan, selfgen, evaluate, bench, generate, inspect, merge, export, report, listing, environment,
 )  # fmt: skip
 for _verb in _VERBS:
     if hasattr(api, _verb.__name__):  # not before its api exists

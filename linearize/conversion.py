@@ -34,7 +34,6 @@ from linearize.stages.finetune import finetune
 from linearize.stages.merge import merge
 from linearize.stages.transfer import transfer
 from linearize.storage import atomic_folder, check_target, write_atomic
-from linearize.surgery import files
 from linearize.surgery.attach import Surgery, attach
 from linearize.surgery.port import CHILD
 from linearize.surgery.select import break_even
@@ -140,7 +139,7 @@ def run(
         teacher = surgery.teacher if frozen is None else lambda: nullcontext(frozen)
         measure = Measure(plan, work, exam, surgery, teacher, processes.first)
         job = Job(
-            model=model, surgery=surgery, data=train_data, pool=task.pool, seed=plan.seed,
+            model=model, surgery=surgery, data=train_data, pool=task.pool, noising=task.noising, seed=plan.seed,
             work=work.sub("checkpoints"), digest=digest, resume=work.folder is not None,
             on_step=measure.along(train_data.mean, on_step),
         )  # fmt: skip
@@ -254,7 +253,6 @@ def _report(
         window.cache_bytes = {n: sum(_window_bytes(s, plan) for s in cached) for n in plan.eval.lengths}
     sample, written = task.samples(surgery, measure.exam, measure.teacher)
     converted = {site.name for site in surgery.sites}
-    base: Any = model.config
     evens = [break_even(s, type(surgery.mixers[s.name]), surgery.config) for s in surgery.sites if s.shape.causal]
     even = next((n for n in evens if n), None)
     return schema.Report(
@@ -263,7 +261,7 @@ def _report(
             id=plan.model.id or ("embedded" if resolved.source is not None else type(model).__name__),
             source="object" if resolved.source is None else resolved.source.kind,
             revision=plan.model.revision,
-            type=base.model_type,
+            type=models.type_of(model),
             parameters=sum(p.numel() for n, p in model.named_parameters() if CHILD not in n and "lora_" not in n),
             layers=len(sites),
             converted=len(converted),
@@ -309,13 +307,9 @@ def _write(target: Path, work: Work, job: Job, task: Task, report: Report, held_
     """The output folder, whole or not at all."""
     plan = task.plan
     with atomic_folder(target, part=work.sub("output")) as folder:
-        if plan.output.adapter_only:
-            files.write_adapter(job.surgery, folder, base=plan.model.id, revision=plan.model.revision, task=plan.task)
-        else:
-            if any("lora_" in name for name, _ in job.model.named_parameters()):
-                merge(job.model)
-            files.write(job.surgery, folder, task.processor)
-            files.carry(task.folder, folder, task.carried)
+        if not plan.output.adapter_only and any("lora_" in name for name, _ in job.model.named_parameters()):
+            merge(job.model)
+        task.write(job.surgery, folder)
         if held_out is not None:
             held_out.write(folder)
         write_atomic(folder / "resolved_recipe.yaml", plan.dump())

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from linearize import denoisers
+from linearize.seams import dit
 from linearize.types import GateError, InputError, StorageError, Unsupported
 
 if TYPE_CHECKING:
@@ -14,8 +16,9 @@ if TYPE_CHECKING:
     from torch import nn
 
 TEACHERS = Path(__file__).parent / "teachers"
-#: what a model is for: causal language models, encoders of text, encoders of images (with or without a classifier)
-TASKS = ("text", "sentences", "image")
+#: what a model is for: causal language models, encoders of text, encoders of images (with or without a classifier),
+#: denoisers of images
+TASKS = ("text", "sentences", "image", "diffusion")
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,7 @@ class Source:
     kind: str  # "embedded", "folder", "gguf" or "hub"
     gguf: str | None = None
     revision: str | None = None
+    diffusion: bool = False  # of diffusers
 
     @property
     def id(self) -> str | None:
@@ -46,7 +50,9 @@ class Source:
 
 def embedded() -> list[str]:
     """Names of the teachers that are shipped with the package."""
-    return sorted(path.parent.name for path in TEACHERS.glob("*/config.json"))
+    return sorted(
+        path.parent.name for name in ("config.json", "model_index.json") for path in TEACHERS.glob(f"*/{name}")
+    )
 
 
 def source(model: str | Path | None = None, revision: str | None = None, task: str = "text") -> Source:
@@ -55,13 +61,15 @@ def source(model: str | Path | None = None, revision: str | None = None, task: s
     if model is None:
         if task not in embedded():
             raise InputError(f"this copy of linearize has no embedded {task} teacher: name a model with --model")
-        return Source(str(TEACHERS / task), "embedded")
+        return Source(str(TEACHERS / task), "embedded", diffusion=task == "diffusion")
     path = Path(model).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
             raise InputError(f"no GGUF file {path}")
         return Source(str(path.parent), "gguf", path.name)
     if path.is_dir():
+        if denoisers.is_folder(path):
+            return Source(str(path), "folder", diffusion=True)
         if (path / "config.json").is_file():
             return Source(str(path), "folder")
         files = sorted(path.glob("*.gguf"))
@@ -72,14 +80,16 @@ def source(model: str | Path | None = None, revision: str | None = None, task: s
     text = str(model)
     if path.exists() or text.startswith((".", "/", "~")) or text.count("/") > 1:
         raise InputError(f"no model at {model}: give a hub id, a folder or a GGUF file")
-    return Source(text, "hub", revision=revision)
+    return Source(text, "hub", revision=revision, diffusion=task == "diffusion")
 
 
 def config(where: Source, trust_remote_code: bool = False) -> Any:
-    """The model's transformers configuration. Raises InputError for an unknown model, Unsupported for an unknown
-    architecture."""
+    """The model's transformers configuration (of diffusers a `Form`). Raises InputError for an unknown model,
+    Unsupported for an unknown architecture."""
     from transformers import AutoConfig, PreTrainedConfig
 
+    if where.diffusion:
+        return denoisers.form_of(where.name, where.revision)
     try:
         if where.gguf is None:
             raw, _ = PreTrainedConfig.get_config_dict(where.name, **where.arguments())
@@ -97,6 +107,8 @@ def config_of_form(form: Mapping[str, Any]) -> Any:
     from transformers import AutoConfig
 
     sizes = {key: value for key, value in form.items() if key != "model_type"}
+    if form["model_type"] in dit.FAMILIES:
+        return denoisers.Form(form["model_type"], denoisers.Form(form["model_type"], sizes).make_config())
     try:
         return AutoConfig.for_model(form["model_type"], **sizes)
     except ValueError:
@@ -112,6 +124,8 @@ def kind(config: Any) -> tuple[str, Any]:
     from linearize.seams import hf
     from linearize.surgery import files
 
+    if isinstance(config, denoisers.Form):
+        return "diffusion", None
     name = (getattr(config, "architectures", None) or [None])[0]
     said = name or config.model_type
     if getattr(config, "is_encoder_decoder", False):
@@ -145,6 +159,8 @@ def kind(config: Any) -> tuple[str, Any]:
 
 def task_of(model: Any) -> str:
     """The task of a model in hand, by its class."""
+    if dit.family(model) is not None:
+        return "diffusion"
     if getattr(model, "main_input_name", None) == "pixel_values":
         return "image"
     return "text" if any(part in type(model).__name__ for part in ("ForCausalLM", "LMHeadModel")) else "sentences"
@@ -181,6 +197,8 @@ def skeleton(config: Any, trust_remote_code: bool = False) -> Any:
 
     _, auto = kind(config)
     with torch.device("meta"):
+        if auto is None:
+            return config.make()
         return auto.from_config(config, trust_remote_code=trust_remote_code)
 
 
@@ -218,7 +236,7 @@ class Loaded:
 
     @property
     def tokenizer(self) -> Any:
-        return None if self.task == "image" else self.processor
+        return None if self.task in ("image", "diffusion") else self.processor
 
 
 def load_model(
@@ -244,6 +262,8 @@ def load_model(
 
     where = name if isinstance(name, Source) else source(name, revision, task)
     settings = config(where, trust_remote_code)
+    if where.diffusion:
+        return _denoiser(where, settings, dtype, device, **options)
     task, auto = kind(settings)
     local = Path(where.name) if where.kind in ("folder", "embedded") else None
     if local is not None:
@@ -296,6 +316,18 @@ def load_model(
     return Loaded(model.eval(), processor, where.id, _commit(where), task, where, tuple(notes))
 
 
+def _denoiser(where: Source, form: Any, dtype: Any, device: Any, **options: Any) -> Loaded:
+    import torch
+
+    if str(device) == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    precision, _ = _dtype("float32" if dtype == "auto" else dtype, form, torch.device(device))
+    model = denoisers.load(where.name, form, precision, where.revision, **options).to(device)
+    check_finite(model)
+    scheduler = denoisers.load_scheduler(where.name, form, where.revision)
+    return Loaded(model.eval(), scheduler, where.id, where.revision, "diffusion", where)
+
+
 def load_converted(
     where: str | Path | nn.Module | None = None, adapter: str | Path | None = None, **options: Any
 ) -> Loaded:
@@ -308,7 +340,7 @@ def load_converted(
     from linearize.surgery import files
     from linearize.surgery.attach import Surgery
 
-    if adapter is None and isinstance(where, str | Path) and (Path(where) / files.ADAPTER_CONFIG).is_file():
+    if adapter is None and isinstance(where, str | Path) and files.is_adapter(Path(where)):
         where, adapter = None, where
     if adapter is not None and where is None:
         base = files.read_adapter(adapter)["base"]
@@ -317,7 +349,7 @@ def load_converted(
         loaded = load_model(where, **options)
         name = loaded.id or "the embedded teacher"
     else:
-        loaded, name = Loaded(where, None, None, None, kind(where.config)[0], Source("", "object")), None
+        loaded, name = Loaded(where, None, None, None, task_of(where), Source("", "object")), None
     if adapter is not None:
         files.load_adapter(loaded.model, adapter, name=name)
     elif Surgery.of(loaded.model) is None:
@@ -328,6 +360,16 @@ def load_converted(
 def load(where: str | Path | nn.Module | None = None, adapter: str | Path | None = None, **options: Any) -> Any:
     """`linearize.load`: the model alone of `load_converted`."""
     return load_converted(where, adapter, **{"need_tokenizer": False, **options}).model
+
+
+def config_of(model: Any) -> Any:
+    """The configuration of a model in hand, as `config` gives that of a name."""
+    return denoisers.form_of_model(model) if dit.family(model) is not None else model.config
+
+
+def type_of(model: Any) -> str:
+    """What its makers call the architecture of a model in hand."""
+    return getattr(model.config, "model_type", None) or type(model).__name__.removeprefix("Linearized")
 
 
 def check_finite(model: nn.Module) -> None:
@@ -387,6 +429,10 @@ def processor_of_model(model: Any, task: str) -> Any:
     """The tokenizer or image processor of a model in hand, from where the model came; for images None where that is
     not known. Raises InputError for text."""
     name = getattr(model, "name_or_path", "")
+    if task == "diffusion":
+        raise InputError(
+            "a transformer says nothing of its noise: pass its scheduler, convert(..., tokenizer=scheduler)"
+        )
     if not name and task == "image":
         return None
     if not name:

@@ -19,32 +19,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-import linearize
 from linearize.mixers import base as mixers
 from linearize.mixers.base import MixerConfig
 from linearize.seams import dit, hooks
-from linearize.seams.dit_inputs import small_inputs
-from linearize.storage import atomic_folder, write_atomic
+from linearize.storage import atomic_folder
+from linearize.surgery import plugin
 from linearize.surgery.attach import Surgery, attach
+from linearize.surgery.plugin import named as _named
 from linearize.surgery.port import CHILD, PORT
 from linearize.surgery.select import find, parse_layers
-from linearize.types import InputError, Site, StorageError, Unsupported
+from linearize.types import InputError, Site
 
 log = logging.getLogger("linearize")
 
-#: of linearize_config.json in a plug-in's folder; a newer one is refused
-FORMAT = 1
-CONFIG, WEIGHTS = "linearize_config.json", "plugin.safetensors"
 #: where pipelines keep what denoises
 _COMPONENTS = ("transformer", "transformer_2", "unet")
 #: how much fewer FLOPs a step must take to be faster. CLEAR on FLUX, radius 8: 1.1 times fewer at 1,024^2 and no gain
 #: in time, 1.5 at 2,048^2 and 1.3 times faster (times: 2412.16112, table 7).
 WORTH = 1.2
-#: relative L2 distance of a base's answers on stored noise: the same weights in another precision, and anything else
-_SAME, _COPY = 0.05, 0.25
 
 
 # ----------------------------------------------------------------------------------------------------------- the report
@@ -113,12 +107,14 @@ def _other_flops(model: nn.Module, tokens: int) -> float:
 # ----------------------------------------------------------------------------------------------------------- the handle
 @dataclass
 class Handle:
-    """A plug-in: all that one `apply` or `load` put into a pipeline. As a context manager it removes itself."""
+    """A plug-in: all that one `apply` or `load` put into a pipeline. As a context manager it removes itself. lora: the
+    name of the one that came with it."""
 
     surgeries: dict[str, Surgery]
     method: str
     settings: MixerConfig
     skipped: dict[str, str] = field(default_factory=dict)
+    lora: str | None = None
 
     @property
     def enabled(self) -> bool:
@@ -129,7 +125,7 @@ class Handle:
         self._switch(True)
 
     def disable(self) -> None:
-        """The base model's own softmax answers; LoRA stays as it is."""
+        """The base model's own softmax answers; LoRA stays as it is, but for the plug-in's own."""
         self._switch(False)
 
     def _switch(self, on: bool) -> None:
@@ -137,6 +133,8 @@ class Handle:
             raise InputError("this plug-in was removed: apply or load it again")
         for surgery in self.surgeries.values():
             surgery.switch(on)
+            for layer in plugin.lora_layers(surgery.model, self.lora).values() if self.lora else ():
+                layer.set_scale(self.lora, 1.0 if on else 0.0)
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
@@ -151,6 +149,8 @@ class Handle:
     def remove(self) -> None:
         """Take it out: the same classes, processor objects, state-dict keys and hooks as before, bit for bit."""
         for surgery in self.surgeries.values():
+            if self.lora and surgery.mixers:
+                plugin.eject_lora(surgery.model, self.lora)
             surgery.detach()
 
     def __enter__(self) -> Handle:
@@ -196,61 +196,16 @@ class Handle:
         )
 
     # ---------------------------------------------------------------------------------------------------------- files
-    def save(self, folder: str | Path, overwrite: bool = False) -> Path:
+    def save(self, folder: str | Path, overwrite: bool = False, *, lora: str | None = None) -> Path:
         """Write it: the method's tensors as one safetensors file, everything else as json. Returns the folder.
 
-        Base weights and LoRA that were trained along are not in it: save those as LoRA of the pipeline. Raises
-        InputError for a folder that is not empty (without `overwrite`), StorageError.
+        lora: the name of a LoRA to keep along, one that was trained with the method (None: the one it was loaded with);
+        others are saved as LoRA of the pipeline. Base weights are not in it. Raises InputError for a folder that is not
+        empty (without `overwrite`) or an unknown LoRA, StorageError.
         """
-        from safetensors.torch import save as to_bytes
-
-        if any(mixer.starts_afresh for surgery in self.surgeries.values() for mixer in surgery.mixers.values()):
-            raise InputError("projections that started afresh are no part of a plug-in: set start: inherit")
-        tensors = {
-            _named(part, name): hooks.value(*place).detach().cpu().contiguous()
-            for part, surgery in self.surgeries.items()
-            for name, place in _own(surgery).items()
-        }
-        said = {
-            "format": FORMAT,
-            "version": linearize.__version__,
-            "method": self.method,
-            "mixer": self.settings.model_dump(mode="json"),
-            "components": {
-                part: {
-                    "class": type(s.model).__name__,
-                    "base": _base(s.model),
-                    "sites": list(s.mixers),
-                    "answers": answers(s.model),
-                }
-                for part, s in self.surgeries.items()
-            },
-        }
         with atomic_folder(folder, overwrite) as part:
-            write_atomic(part / WEIGHTS, to_bytes(tensors, {"format": "pt"}))
-            write_atomic(part / CONFIG, json.dumps(said, indent=1) + "\n")
+            plugin.write(part, self.surgeries, self.method, self.settings, lora=lora or self.lora)
         return Path(folder)
-
-
-def _named(part: str, name: str) -> str:
-    return f"{part}.{name}" if part else name
-
-
-def _own(surgery: Surgery) -> dict[str, tuple[nn.Module, str]]:
-    """tensor name -> (module, its name there) of what the method brought along."""
-    return {
-        f"{name}.{CHILD}.{part}.{key}".replace("..", "."): (module, key)
-        for name, mixer in surgery.mixers.items()
-        for part, module in mixer.named_modules()
-        for key in (*module._parameters, *module._buffers)
-        if getattr(module, key) is not None
-    }
-
-
-def _base(model: Any) -> str | None:
-    """The name that a model was loaded by."""
-    name = getattr(getattr(model, "config", None), "_name_or_path", None)
-    return name if name and not Path(name).is_absolute() else None
 
 
 def _usual_grid(model: Any) -> tuple[int, ...]:
@@ -349,52 +304,65 @@ def load(pipe_or_model: Any, folder: str | Path, *, revision: str | None = None)
     """Put a saved plug-in (a folder, or a repository's id on the hub) into the base it was made for.
 
     The base is recognised by its answers on stored noise, so that other precisions and devices are taken, with a
-    warning where they are far off. Raises InputError for another base, which stays as it was; Unsupported for a newer
-    format; StorageError for a damaged folder.
+    warning where they are far off. A LoRA saved along is put in as well. Raises InputError for another base, which
+    stays as it was; Unsupported for a newer format; StorageError for a damaged folder.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     folder = _fetched(folder, revision)
-    said = _read(folder)
-    try:
-        tensors = load_file(folder / WEIGHTS)
-    except (SafetensorError, OSError) as error:
-        raise StorageError(f"{folder / WEIGHTS} is damaged ({error}): save or download it again") from None
+    said = plugin.read(folder)
+    if (folder / plugin.WHOLE).is_file():
+        raise InputError(f"{folder} is a whole model, no plug-in: linearize.load({str(folder)!r})")
+    tensors = plugin.tensors_of(folder)
     models = _denoisers(pipe_or_model)
     if set(models) != set(said["components"]):
         if len(models) != 1 or len(said["components"]) != 1:
             raise InputError(f"{folder} is for {_list(said['components'])}, this has {_list(models)}")
         models = {next(iter(said["components"])): next(iter(models.values()))}  # a bare model for a pipeline's
     config = mixers.configure(said["method"], said["mixer"])
-    chosen = {}
+    chosen, lora = {}, said.get("lora")
     for part, model in models.items():
         there = said["components"][part]
-        _recognise(folder, model, there)
+        plugin.recognise(folder, model, there)
         sites = {site.name: site for site in find(model)}
         if missing := [name for name in there["sites"] if name not in sites]:
             raise InputError(f"{folder} converts {missing[0]}, but {type(model).__name__} has no attention there")
         chosen[part] = [sites[name] for name in there["sites"]]
         _standing(part, model, chosen[part], said["method"], config)
+        if lora and plugin.lora_layers(model, lora):
+            raise InputError(f"{_named(part, lora)}: a LoRA of this name is in the model already: take it out first")
     done: dict[str, Surgery] = {}
     skipped: dict[str, str] = {}
     try:
         for part, sites in chosen.items():
             skipped |= {_named(part, n): why for n, why in _skipped(models[part], find(models[part]), sites).items()}
             done[part] = attach(models[part], sites, said["method"], config, beside=True)
-        here = {_named(part, name): getattr(*place) for part, s in done.items() for name, place in _own(s).items()}
-        if odd := here.keys() ^ tensors.keys():
-            raise StorageError(f"{folder}: {min(odd)} is there or here alone: it was damaged or edited")
-        for name, tensor in here.items():
-            if tensor.shape != tensors[name].shape:
-                raise StorageError(f"{folder}: {name} is {tuple(tensors[name].shape)}, not {tuple(tensor.shape)}")
-            with torch.no_grad():
-                tensor.copy_(tensors[name])
+            if lora:
+                _inject(models[part], lora, said["components"][part]["lora"])
+        here = {_named(part, n): getattr(*place) for part, s in done.items() for n, place in plugin.own(s).items()}
+        for part, surgery in done.items() if lora else ():
+            here |= {_named(part, n): t for n, t in plugin.lora_tensors(surgery.model, lora).items()}
+        plugin.fill(folder, here, tensors)
     except BaseException:
         for surgery in done.values():
+            if lora:
+                plugin.eject_lora(surgery.model, lora)
             surgery.detach()
         raise
-    return Handle(done, said["method"], config, skipped)
+    return Handle(done, said["method"], config, skipped, lora)
+
+
+def _inject(model: Any, name: str, settings: Mapping[str, Any]) -> None:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    training = model.training
+    before = {n: list(m.active_adapters) for n, m in model.named_modules() if hasattr(m, "lora_A")}
+    inject_adapter_in_model(LoraConfig(**settings), model, adapter_name=name)
+    model.train(training)
+    for place, layer in plugin.lora_layers(model, name).items():
+        hooks.lora_choose(layer, [*before.get(place, ()), name])  # beside the user's own
+    for place in before.keys() - plugin.lora_layers(model, name).keys():
+        hooks.lora_choose(model.get_submodule(place), before[place])
+    for parameter in plugin.lora_tensors(model, name).values():
+        parameter.requires_grad_(False)
 
 
 def _list(names: Any) -> str:
@@ -410,56 +378,6 @@ def _fetched(folder: str | Path, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(text, revision=revision, allow_patterns=[CONFIG, WEIGHTS]))
+        return Path(snapshot_download(text, revision=revision, allow_patterns=[plugin.CONFIG, plugin.WEIGHTS]))
     except Exception as error:  # offline, absent, private: the hub has a class for each
         raise InputError(f"{text} is no folder here, and could not be fetched from the hub: {error}") from None
-
-
-def _read(folder: Path) -> dict[str, Any]:
-    try:
-        said = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        newer = said["format"] > FORMAT
-    except FileNotFoundError:
-        raise InputError(f"{folder} is no plug-in of linearize: there is no {CONFIG} in it") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise StorageError(f"{folder / CONFIG} is damaged ({error}): save or download it again") from None
-    if newer:
-        raise Unsupported(f"{folder} was written by linearize {said['version']}: pip install --upgrade linearize")
-    return said
-
-
-# ------------------------------------------------------------------------------------------------- knowing a base again
-def answers(model: nn.Module) -> list[float]:
-    """64 numbers of what a model makes of stored noise at its own softmax, without LoRA: how it is known again."""
-    inputs = small_inputs(model, (4, 4), dtype=hooks.dtype(model), device=hooks.device(model))
-    if inputs is None:
-        raise Unsupported(f"{type(model).__name__} cannot be known again: see seams/dit_inputs.py")
-    surgery, training = Surgery.of(model), model.training
-    layers = hooks.lora_off(model)
-    model.eval()
-    try:
-        with torch.no_grad(), surgery.teacher() if surgery else contextlib.nullcontext():
-            out = model(**inputs, return_dict=False)[0]
-    finally:
-        model.train(training)
-        hooks.lora_on(layers)
-    flat = (out[0] if isinstance(out, list) else out).flatten().float().cpu()
-    return [float(f"{x:.5g}") for x in flat[:: max(1, len(flat) // 64)][:64].tolist()]
-
-
-def _recognise(folder: Path, model: nn.Module, there: Mapping[str, Any]) -> None:
-    """Raises InputError where `model` is not the base that a plug-in was made for."""
-    wanted = there["base"] or f"another {there['class']}"
-    refused = f"{folder} was made for {wanted}, not for this {type(model).__name__}"
-    if type(model).__name__ != there["class"]:
-        raise InputError(f"{refused}: that is a {there['class']}")
-    here, known = torch.tensor(answers(model)), torch.tensor(there["answers"])
-    apart = float((here - known).norm() / known.norm()) if here.shape == known.shape else math.inf
-    if not apart <= _COPY:
-        raise InputError(
-            f"{refused}: on the same noise its answers differ by {apart:.0%} (at most {_COPY:.0%} in a copy)"
-        )
-    if apart > _SAME:
-        log.warning(
-            "%s was made for %s, whose answers differ by %.0f %%: fine for a 4-bit copy", folder, wanted, 100 * apart
-        )

@@ -18,7 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from linearize import recipe
-from linearize.problems import LOSSES, SAID, stage_problems, task_problems
+from linearize.problems import LATER, LOSSES, SAID, stage_problems, task_problems
 from linearize.types import InputError, nearest
 
 _STRICT = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
@@ -69,6 +69,7 @@ class DataPlan(BaseModel):
     Sentences: each line of plain text, each row of a table; longer ones end at `length`. With `minimum` documents are
     cut into passages of `minimum` to `length` tokens instead. label_column: of classes, where the stages want
     them. Images: image_column, label_column; skip_bad: leave out images that cannot be read.
+    Diffusion: a folder of `linearize selfgen`, else what the teacher draws in `steps` steps (self_tokens: patches).
     """
 
     model_config = _STRICT
@@ -90,6 +91,7 @@ class DataPlan(BaseModel):
     image_column: str | None = None
     label_column: str | None = None
     skip_bad: bool = False
+    steps: int = Field(default=20, gt=0)
 
 
 class LoraPlan(BaseModel):
@@ -105,7 +107,9 @@ class LoraPlan(BaseModel):
 class _Stage(BaseModel):
     """tokens counts processed tokens (patches, of images), repeats included; batch is examples per optimiser step;
     warmup is a share of the steps; clip 0 is off; max_steps: at most so many, whatever `tokens` says. precision
-    bfloat16: matrix products outside the mixers, by autocast; weights, moments, mixers and losses stay float32."""
+    bfloat16: matrix products outside the mixers, by autocast; weights, moments, mixers and losses stay float32.
+    ema: what is kept at the end is the running mean of the weights, which keeps so much of itself at a step (0: off).
+    """
 
     model_config = _STRICT
     tokens: int = Field(gt=0)
@@ -117,6 +121,7 @@ class _Stage(BaseModel):
     clip: float = Field(default=1.0, ge=0)
     max_steps: int | None = Field(default=None, gt=0)
     precision: Literal["float32", "bfloat16"] = "float32"
+    ema: float = Field(default=0.0, ge=0, lt=1)
 
     def steps(self, length: float) -> int:
         """Optimiser steps at examples of `length` tokens on average."""
@@ -151,7 +156,9 @@ class FinetunePlan(_Stage):
 
     Weights of the losses: kl (logits against the teacher's; of text on `share` of the positions), hidden (matching of
     hidden states); lm (next tokens, of text); of encoders feature (cosine of the pooled feature), dense (relative
-    error of the last hidden state, token by token or patch by patch), task (cross-entropy of labels).
+    error of the last hidden state, token by token or patch by patch), task (cross-entropy of labels); of diffusion
+    models those of stages/denoising.py: denoise, prediction, attention (of every `every`-th converted layer), variance;
+    weighting min_snr: of the timesteps.
     """
 
     kind: Literal["finetune"]
@@ -164,6 +171,12 @@ class FinetunePlan(_Stage):
     feature: float = Field(default=0.0, ge=0)
     dense: float = Field(default=0.0, ge=0)
     task: float = Field(default=0.0, ge=0)
+    denoise: float = Field(default=0.0, ge=0)
+    prediction: float = Field(default=0.0, ge=0)
+    attention: float = Field(default=0.0, ge=0)
+    variance: float = Field(default=0.0, ge=0)
+    every: int = Field(default=1, gt=0)
+    weighting: Literal["none", "min_snr"] = "none"
     share: float = Field(default=1.0, gt=0, le=1)
 
 
@@ -177,7 +190,8 @@ class EvalPlan(BaseModel):
     the table (on images a circle around each patch, in patches). window_only: train a window-only student on the same
     tokens for the table. parts: numbers of documents by name, "0-48", scored apart as well. curve: the main figure
     is measured after every so many tokens of training, on a few of the documents. lengths: where state and KV
-    bytes are compared."""
+    bytes are compared. Of diffusion: steps of each drawing; judge: a classifier of images (a folder; None: the
+    embedded image teacher), which sees them less `crop` pixels at each edge."""
 
     model_config = _STRICT
     source: str | None = None
@@ -194,6 +208,9 @@ class EvalPlan(BaseModel):
     parts: dict[str, Annotated[str, Field(pattern=r"^\d+-\d+$")]] = {}
     curve: int | None = Field(default=None, gt=0)
     lengths: list[int] = [1024, 8192, 65536]
+    steps: int = Field(default=20, gt=0)
+    judge: str | None = None
+    crop: int = Field(default=0, ge=0)
 
 
 class GatePlan(BaseModel):
@@ -201,7 +218,8 @@ class GatePlan(BaseModel):
 
     Text: linear_gain, the NLL, in nats, that the linear branch must save (True: any); perplexity_ratio, student over
     teacher, at most. Encoders: retained and mrr, the shares that are left of the teacher's own top-1 or Spearman, and
-    of its MRR; cosine, of the features to the teacher's: at least.
+    of its MRR; cosine, of the features to the teacher's: at least. Drawings: retained, of the classes that a judge
+    sees; distance to the teacher's drawings, over that of the untrained swap: at most.
     """
 
     model_config = _STRICT
@@ -210,6 +228,7 @@ class GatePlan(BaseModel):
     retained: float | None = Field(default=None, gt=0)
     cosine: float | None = Field(default=None, gt=0, le=1)
     mrr: float | None = Field(default=None, gt=0)
+    distance: float | None = Field(default=None, gt=0)
 
 
 class OutputPlan(BaseModel):
@@ -218,23 +237,13 @@ class OutputPlan(BaseModel):
     adapter_only: bool = False
 
 
-#: keys that a digest leaves out while they say nothing: they came after the first runs, whose digests stay
-_LATER = {
-    "": {"task": "text"},
-    "data": {"minimum": None, "image_column": None, "label_column": None, "skip_bad": False},
-    "eval": {"pairs": None, "minimum": None},
-    "gate": {"retained": None, "cosine": None, "mrr": None},
-    "stages": {"max_steps": None, "precision": "float32", "own": None, "feature": 0, "dense": 0, "task": 0},
-}
-
-
 class Plan(BaseModel):
-    """A whole conversion. task: what the model is for, "text" (a decoder), "sentences" (an encoder) or "image".
-    `published` holds a paper's own numbers, `measured` where ours are, or "not here"."""
+    """A whole conversion. task: what the model is for, "text" (a decoder), "sentences" (an encoder), "image" or
+    "diffusion". `published` holds a paper's own numbers, `measured` where ours are, or "not here"."""
 
     model_config = _STRICT
     version: Literal[1] = 1
-    task: Literal["text", "sentences", "image"] = "text"
+    task: Literal["text", "sentences", "image", "diffusion"] = "text"
     seed: int = Field(default=0, ge=0)
     model: ModelPlan = ModelPlan()
     method: MethodPlan = MethodPlan()
@@ -287,7 +296,7 @@ class Plan(BaseModel):
         for key in ("auto", "form"):  # how the recipe was found; the weights have a digest of their own
             del what["model"][key]
         del what["data"]["self_folder"]
-        for part, later in _LATER.items():
+        for part, later in LATER.items():
             for node in what["stages"] if part == "stages" else [what[part] if part else what]:
                 for key, default in later.items():
                     if key in node and node[key] == default:
@@ -365,7 +374,9 @@ class Plan(BaseModel):
             found.append("output.adapter_only: full fine-tuning changes the base: write the model, or use mode: lora")
         found += task_problems(self)
         own = self.task == "text" and self.data.source in (None, "self")
-        if self.data.prompts and not own:
+        if self.data.prompts and self.task == "diffusion":
+            found.append("data.prompts: drawing from them takes a whole pipeline: linearize selfgen, then --dataset")
+        elif self.data.prompts and not own:
             found.append("data.prompts: they are for text that the teacher writes: drop them, or data.source")
         if self.data.chat and own and not self.data.prompts:
             found.append("data.chat: name conversations (data.source), or data.prompts that the teacher answers")
@@ -379,7 +390,7 @@ class Plan(BaseModel):
         """The plan in words, a line per step."""
         model = self.model.id or (f"a {self.model.form['model_type']} model" if self.model.form else "embedded teacher")
         settings = ", ".join(f"{k} {v}" for k, v in self.method.mixer.items())
-        own = "self (the teacher writes it)" if self.task == "text" else "to be named"
+        own = {"text": "self (the teacher writes it)", "diffusion": "self (the teacher draws it)"}
         lines = [
             f"model     {model}, {self.model.dtype}",
             f"method    {self.method.name}{f' ({settings})' if settings else ''} on "
@@ -388,8 +399,8 @@ class Plan(BaseModel):
                 if self.method.layers == "auto"
                 else f"layers {self.method.layers}"
             ),
-            f"data      {self.data.source or own}"
-            + ("" if self.task == "image" else f", {SAID[self.task]} {self.data.length}")
+            f"data      {self.data.source or own.get(self.task, 'to be named')}"
+            + ("" if self.task in ("image", "diffusion") else f", {SAID[self.task]} {self.data.length}")
             + (f", completing {self.data.prompts}" if self.data.prompts else "")
             + (", chat" if self.data.chat else "")
             + (", completions only" if self.data.completion_only else ""),
@@ -410,7 +421,7 @@ class Plan(BaseModel):
         gates = [f"{k} {v}" for k, v in self.gate.model_dump().items() if v]
         lines.append(
             f"eval      {self.eval.source or 'held-out data'}"
-            + ("" if self.task == "image" else f", {self.eval.length} positions")
+            + ("" if self.task in ("image", "diffusion") else f", {self.eval.length} positions")
             + (f", pairs {self.eval.pairs}" if self.eval.pairs else "")
             + f", against a window of {self.eval.window}"
             + (f" + {self.eval.sinks} sinks" if self.eval.sinks else "")

@@ -49,7 +49,7 @@ def resolve(
     source, notes = None, []
     config: Any
     if model is not None and not isinstance(model, str | Path):
-        config = model.config
+        config = models.config_of(model)
     elif model is None and offline and plan.model.form and not plan.model.id:
         config = models.config_of_form(plan.model.form)
     elif model is None and offline and plan.model.form:
@@ -89,6 +89,8 @@ def _agrees(config: Any, form: Mapping[str, Any] | None) -> bool:
 
 def _form(config: Any) -> dict[str, Any]:
     """The sizes of a model, as `model.form` holds them."""
+    if hasattr(config, "form"):
+        return config.form
     keys = (
         "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
         "num_key_value_heads", "vocab_size", "max_position_embeddings", "sliding_window",

@@ -11,12 +11,14 @@ The table of the README is made from these files by `linearize report --update-r
 from __future__ import annotations
 
 import argparse
+import base64
 import logging
 import sys
 from pathlib import Path
 
 from linearize import api
 from linearize.report import schema, verdict
+from linearize.storage import write_atomic
 from linearize.types import GateError
 
 HERE = Path(__file__).parent
@@ -57,6 +59,8 @@ def main() -> None:
             converted = error.answer
         reports.append(converted.report)
     gate = reports[0].plan["gate"]  # the recipe's, or --set's
+    if reports[0].diagnostics.grid is not None:
+        write_atomic(target.with_suffix(".png"), base64.b64decode(reports[0].diagnostics.grid))
     schema.write(verdict.over_seeds([report.result() for report in reports], gate), target)
     print(target)
 

@@ -30,7 +30,8 @@ MAY_IMPORT = {
     "problems": set(),
     "plan": {"mixers", "problems", "recipe", "types"},
     "data": {"progress", "seams", "storage", "types"},
-    "models": {"data", "seams", "surgery", "types"},
+    "models": {"data", "denoisers", "seams", "surgery", "types"},
+    "denoisers": {"mixers", "seams", "surgery", "types"},
     "report": {"mixers", "storage", "types"},
     "stages": {"data", "mixers", "plan", "problems", "progress", "storage", "surgery", "types"},
     "evaluate": {"data", "mixers", "ops", "plan", "progress", "stages", "surgery", "types"},
@@ -41,11 +42,21 @@ MAY_IMPORT = {
     "resolve": {"answers", "mixers", "models", "plan", "recipe", "surgery", "types"},
 }
 #: the top joins everything below it
-TOP = ("measuring", "conversion", "api", "cli", "__init__")
+TOP = ("measuring", "conversion", "listings", "api", "cli", "__init__")
 #: where code of models and pipelines may be imported from third parties. seams/hooks knows accelerate's hooks by name
 #: alone, and api turns down transformers' logging: neither is model code.
 MODEL_CODE = {"transformers", "diffusers", "timm", "peft"}
-MAY_KNOW_MODELS = ("models", "seams", "surgery.files", "data", "stages", "evaluate", "pipelines", "testing.pico")
+MAY_KNOW_MODELS = (
+    "models",
+    "denoisers",
+    "seams",
+    "surgery.files",
+    "data",
+    "stages",
+    "evaluate",
+    "pipelines",
+    "testing.pico",
+)
 NOT_MODEL_CODE = {"transformers.utils"}
 #: parts of transformers that are not its public face, besides what seams/hf.py imports
 PUBLIC_PARTS = {"transformers", "transformers.utils", "transformers.pytorch_utils"}

@@ -71,7 +71,7 @@ def selfgen(
         "prompts": None if asked is None else _hash(json.dumps(asked).encode()),
         "completion_only": completion_only,
     }
-    store = _Store(folder, settings)
+    store = Store(folder, settings)
     writer = _Writer(model, tokenizer, settings, asked)
     shards: list[Tokens] = []
     with bar("the teacher writes its data", tokens, progress) as advance:
@@ -324,7 +324,7 @@ def _prompt_ids(prompts: Sequence[str] | Sequence[Chat], tokenizer: Any, length:
 
 
 # -------------------------------------------------------------------------------------------------- on disk
-class _Store:
+class Store:
     """Shards in a folder with an index of their hashes, or nowhere."""
 
     def __init__(self, folder: str | Path | None, settings: dict[str, Any]) -> None:
@@ -334,7 +334,8 @@ class _Store:
             return
         index = self.folder / "index.json"
         if not index.exists():
-            if self.folder.exists() and any(self.folder.iterdir()):
+            own = ("shard-00000.", ".shard-00000.", ".index.json.")  # of a call that was killed before its first index
+            if self.folder.exists() and any(not path.name.startswith(own) for path in self.folder.iterdir()):
                 raise InputError(f"{self.folder} is not empty and holds no self-generated data: choose another folder")
             return
         try:
@@ -346,24 +347,55 @@ class _Store:
             other = ", ".join(key for key in settings if kept.get(key) != settings[key])
             raise InputError(f"{self.folder} holds data made otherwise ({other}): choose another folder, or delete it")
 
+    @classmethod
+    def found(cls, folder: str | Path) -> Store:
+        """What is in a folder, whatever it was made with. Raises InputError where nothing is."""
+        try:
+            settings = json.loads((Path(folder) / "index.json").read_text())["settings"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise InputError(f"{folder} holds no self-generated data: make some with linearize selfgen") from None
+        return cls(folder, settings)
+
     def _path(self, number: int) -> Path:
         assert self.folder is not None
         return self.folder / f"shard-{number:05d}.safetensors"
 
-    def read(self, number: int) -> Tokens | None:
-        """Shard `number`, or None where it has to be made (it was not, or the file is not what the index says)."""
+    def _whole(self, number: int) -> Path | None:
+        """The file of shard `number`; None where it has to be made (it was not, or is not what the index says)."""
         if self.folder is None or number >= len(self.hashes):
             return None
         path = self._path(number)
-        if not path.is_file() or _hash(path.read_bytes()) != self.hashes[number]:
-            return None
-        return Tokens.open(path)
+        return path if path.is_file() and _hash(path.read_bytes()) == self.hashes[number] else None
+
+    def read(self, number: int) -> Tokens | None:
+        """Shard `number` of text, or None where it has to be made."""
+        path = self._whole(number)
+        return None if path is None else Tokens.open(path)
+
+    def tensors(self, number: int) -> dict[str, Tensor] | None:
+        """Shard `number`, or None where it has to be made."""
+        from safetensors.torch import load
+
+        path = self._whole(number)
+        return None if path is None else load(path.read_bytes())
 
     def write(self, number: int, shard: Tokens) -> None:
         """The shard first, then the index that vouches for it."""
         if self.folder is None:
             return
         shard.save(self._path(number))
+        self._vouch(number)
+
+    def keep(self, number: int, shard: dict[str, Tensor]) -> None:
+        """The same of tensors."""
+        from safetensors.torch import save
+
+        if self.folder is not None:
+            write_atomic(self._path(number), save(shard))
+            self._vouch(number)
+
+    def _vouch(self, number: int) -> None:
+        assert self.folder is not None
         self.hashes[number : number + 1] = [_hash(self._path(number).read_bytes())]
         index = {"settings": self.settings, "shards": self.hashes}
         write_atomic(self.folder / "index.json", json.dumps(index, indent=1) + "\n")

@@ -83,8 +83,8 @@ class LiT(Mixer):
             v_BHTV = v_BHTV * ctx.valid_BT[:, None, :, None]
         out = self._attention(q_BHTK, k_BGTK, v_BHTV, ctx).unflatten(3, (self.joined, -1)).transpose(2, 3).flatten(1, 2)
         patches = slice(ctx.prefix, v_BHTV.shape[2] - ctx.suffix)
-        out[:, :, patches] += self._convolution(v_BHTV[:, :, patches], grid)
-        return out.to(q_BHTK.dtype)
+        near = F.pad(self._convolution(v_BHTV[:, :, patches], grid), (0, 0, ctx.prefix, ctx.suffix))
+        return (out + near).to(q_BHTK.dtype)
 
     def _attention(self, q_BHTK: Tensor, k_BGTK: Tensor, v_BHTV: Tensor, ctx: Context) -> Tensor:
         """[B, heads, T, joined * V]"""

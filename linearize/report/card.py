@@ -14,9 +14,11 @@ from linearize.storage import write_atomic
 from linearize.types import InputError
 
 _PIPELINE = {"text": "text-generation", "sentences": "sentence-similarity", "image": "image-classification"}
+_PIPELINE["diffusion"] = "unconditional-image-generation"
 _METRICS = {
     "text": (("perplexity", "perplexity"), ("kl", "KL to the teacher, nats per token"), ("top1", "top-1 agreement")),
     "sentences": (("spearman", "Spearman correlation"), ("cosine", "cosine to the teacher's vector"), ("mrr", "MRR")),
+    "diffusion": (("distance", "distance to the teacher's drawings"), ("ssim", "SSIM to them"), ("frechet", "Fréchet")),
     "image": (("accuracy", "top-1"), ("agreement", "agreement with the teacher"), ("cosine", "feature cosine")),
 }
 LIMITS = (
@@ -41,16 +43,21 @@ def card(report: Report, *, adapter: bool | None = None) -> Any:
         adapter = bool((report.plan.get("output") or {}).get("adapter_only"))
 
     name = f"{report.model.id.rpartition('/')[2]}-{report.method}"
-    results = _eval_results(report)
+    results, ours = _eval_results(report), adapter or report.task == "diffusion"
     data = ModelCardData(
         model_name=name if results else None,
         eval_results=results or None,
         # Only an id of the hub means something to others; a folder of this machine does not.
         base_model=report.model.id if report.model.source == "hub" else None,
         license=report.model.license,
-        library_name="linearize" if adapter else "transformers",
+        library_name="linearize" if ours else "transformers",
         pipeline_tag=_PIPELINE[report.task],
-        tags=["linearize", "linear-attention", report.method, *([] if adapter else ["custom_code"])],
+        tags=[
+            "linearize",
+            "linear-attention",
+            report.method,
+            *([] if ours else ["custom_code"]),
+        ],
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_body(report, name, adapter)}")
 
@@ -64,7 +71,7 @@ def _eval_results(report: Report) -> list[Any]:
     return [
         EvalResult(
             task_type=_PIPELINE[report.task],
-            dataset_type="image" if report.task == "image" else "text",
+            dataset_type="text" if report.task in ("text", "sentences") else "image",
             dataset_name=report.evaluation,
             metric_type=key,
             metric_name=words,
@@ -116,6 +123,8 @@ def _paper(method: str) -> str:
 
 
 def _load(report: Report, adapter: bool) -> str:
+    if adapter and report.task == "diffusion":
+        return _fence('import linearize\n\nhandle = linearize.pipelines.load(pipe, "this/folder")\n', "python")
     if adapter:
         base = report.model.id if report.model.source == "hub" else "path/to/the/base"
         return _fence(f'import linearize\n\nmodel = linearize.load("{base}", adapter="this/folder")\n', "python")
@@ -138,6 +147,9 @@ _ENCODE = {
     'tokenizer = AutoTokenizer.from_pretrained("this/folder")\n'
     'batch = tokenizer(["A sentence.", "Another, longer one."], padding=True, return_tensors="pt")\n'
     "tokens = model(**batch).last_hidden_state\n",
+    "diffusion": "import linearize\n\n"
+    'transformer = linearize.load("this/folder")  # diffusers alone does not find these weights, on purpose\n'
+    "noise = transformer(hidden_states=x, timestep=t, **conditions).sample  # as the base model\n",
     "image": "import linearize\n\n"
     'model = linearize.load("this/folder")  # or the Auto class of the base model, with trust_remote_code=True\n'
     "outputs = model(pixel_values=images)  # float32 [batch, channels, rows, columns], as the base model takes them\n",

@@ -73,7 +73,7 @@ def render(report: Report, plots: bool = True) -> str:
         f"<p class=sub>{escape(_subtitle(report))}</p>",
         _verdict(report),
         _section("Quality", _tables(report)),
-        _section("Side by side", "\n".join(_samples(report))),
+        _section("Side by side", "\n".join([*_grid(report), *_samples(report)])),
     ]
     if plots:
         from linearize.report.plots import drawings
@@ -128,6 +128,18 @@ def _tables(report: Report) -> str:
     if report.stages:
         shown.append(tables.stages_table(report))
     return "".join(tables.render(table, "html") for table in shown if table is not None and table.rows)
+
+
+def _grid(report: Report) -> list[str]:
+    """Drawings of the same noise below each other."""
+    looks = report.diagnostics
+    if looks.grid is None:
+        return []
+    words = (
+        f"Top to bottom: {', '.join(tables.LABELS.get(name, name) for name in looks.grid_rows)}; one noise a column."
+    )
+    image = f"<img src='data:image/png;base64,{escape(looks.grid)}' alt='' class=small>"
+    return [f"<figure>{image}<p>{escape(words)}</p></figure>"]
 
 
 def _samples(report: Report) -> list[str]:

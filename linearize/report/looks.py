@@ -102,7 +102,7 @@ class Gaze(Strict):
 
 class Diagnostics(Strict):
     """layers: the layer number of each row of the pairs. entropy: nats. monotonicity: Spearman, -1..1. image: what the
-    gazes look at, PNG in base64."""
+    gazes look at, PNG in base64. grid: drawings side by side, PNG in base64, a row for each of `grid_rows`."""
 
     layers: list[int] = []
     entropy: Pair | None = None
@@ -110,3 +110,5 @@ class Diagnostics(Strict):
     pictures: list[Picture] = []
     gazes: list[Gaze] = []
     image: str | None = None
+    grid: str | None = None
+    grid_rows: list[str] = []

@@ -37,6 +37,14 @@ ENCODERS = (
 )
 
 
+DRAWINGS = (
+    "Distance: root mean square between drawings from the same noise, pixels in -1 ... 1, of the student before "
+    "training (swapped) and after, and of the teacher's own from other noise. Class seen: a classifier sees the class "
+    "that was asked for. Fréchet distance of that classifier's features to the teacher's drawings: no FID. Tokens are "
+    "patches."
+)
+
+
 def update(root: str | Path, *, check: bool = False) -> list[str]:
     """Brings the generated parts under `root` up to date; returns the names of the files that changed.
 
@@ -105,11 +113,12 @@ def results_block(root: Path, here: Path) -> str:
         return Path(os.path.relpath(folder / name, here)).as_posix()
 
     parts = []
-    for words, make, legend, decoders in (
-        ("Language models:", tables.results_table, LEGEND, True),
-        ("Encoders and vision transformers:", tables.encoder_results, ENCODERS, False),
+    for words, make, legend, tasks in (
+        ("Language models:", tables.results_table, LEGEND, ("text",)),
+        ("Encoders and vision transformers:", tables.encoder_results, ENCODERS, ("sentences", "image")),
+        ("Diffusion models:", tables.drawing_results, DRAWINGS, ("diffusion",)),
     ):
-        if chosen := [(name, run) for name, run in found if (run.task == "text") == decoders]:
+        if chosen := [(name, run) for name, run in found if run.task in tasks]:
             table = tables.render(make(chosen, link), "markdown")
             parts.append((words, f"{table}\n{tables.escape_markdown(legend)}\n"))
     return parts[0][1] if len(parts) == 1 else "\n".join(f"{words}\n\n{body}" for words, body in parts)

@@ -97,6 +97,10 @@ class Row(Strict):
     Of encoders: accuracy (likeliest class is the label), agreement (is the teacher's), kl of the classes; cosine and
     dense_cosine, of the pooled feature and of each token's, to the teacher's; spearman, of scored pairs; mrr, halves of
     a passage finding each other; retained, the share of the teacher's accuracy, else of its spearman.
+    Of drawings, against the teacher's from the same noise: distance (root mean square), psnr, ssim; trajectory, the
+    relative squared error of the answers on the teacher's own way, by_timestep the same; accuracy, a judge sees the
+    class asked for; as sets, by the features of the judge and of a random network, frechet and kernel distance, recall,
+    coverage; image_seconds of one, by number of steps.
     cache_bytes: what one sequence keeps after so many tokens. spread: standard deviation over seeds, by metric.
     parts: metrics on named parts of the text.
     """
@@ -104,7 +108,8 @@ class Row(Strict):
     METRICS: ClassVar[tuple[str, ...]] = (
         "perplexity", "nll", "kl", "top1", "ratio", "copy_nll", "copy_share", "gap_closed", "marginal",
         "marginal_copy", "marginal_share", "accuracy", "agreement", "cosine", "dense_cosine", "spearman", "mrr",
-        "retained",
+        "retained", "distance", "trajectory", "psnr", "ssim", "frechet", "frechet_random", "kernel", "kernel_random",
+        "recall", "coverage",
     )  # fmt: skip
 
     name: str
@@ -126,6 +131,18 @@ class Row(Strict):
     spearman: Number = None
     mrr: Number = None
     retained: Number = None
+    distance: Number = None
+    trajectory: Number = None
+    psnr: Number = None
+    ssim: Number = None
+    frechet: Number = None
+    frechet_random: Number = None
+    kernel: Number = None
+    kernel_random: Number = None
+    recall: Number = None
+    coverage: Number = None
+    by_timestep: dict[int, Number] = {}
+    image_seconds: dict[int, Number] = {}
     documents: int | None = None
     tokens: int | None = None
     residual_error: list[Number] | None = None
@@ -237,7 +254,7 @@ class Verdict(Strict):
 class Run(Provenance):
     """What Result and Report share.
 
-    task: what the model is for, of "text", "sentences", "image".
+    task: what the model is for, of "text", "sentences", "image", "diffusion".
     recipe: the recipe's name, e.g. "hedgehog/stories15M". seeds: one per run averaged into the rows. evaluation: the
     text measured on, in words. state: by number of tokens. break_even: tokens from which the state is the smaller.
     """

@@ -21,6 +21,7 @@ LABELS = {
     "window-only student": "window-only student",
     "zero-token window": "zero-token window",
     "none": "no attention",
+    "teacher, other seeds": "teacher, other seeds",
     "window_off": "window off",
     "linear_off": "linear off",
 }
@@ -185,8 +186,19 @@ ENCODERS: dict[str, list[tuple[str, str]]] = {
         ("top-1", "accuracy"), ("Spearman", "spearman"), ("share", "retained"), ("agree", "agreement"), ("KL", "kl"),
         ("cosine", "cosine"), ("tokens", "dense_cosine"), ("MRR", "mrr"),
     ],
+    "diffusion": [
+        ("distance", "distance"), ("PSNR", "psnr"), ("SSIM", "ssim"), ("answers", "trajectory"), ("class", "accuracy"),
+        ("share", "retained"), ("agree", "agreement"), ("cosine", "cosine"), ("Fréchet", "frechet"),
+        ("random", "frechet_random"), ("recall", "recall"), ("coverage", "coverage"),
+    ],
 }  # fmt: skip
-_PERCENT = ("accuracy", "retained", "agreement", "mrr")
+_PERCENT = ("accuracy", "retained", "agreement", "mrr", "recall", "coverage")
+_DRAWINGS = (
+    "Distance: root mean square to the teacher's drawing from the same noise, in -1 ... 1. Answers: relative squared "
+    "error at the teacher's own steps.",
+    "Class: a judge sees the class asked for. Fréchet: of the judge's features (no FID); random: of a fixed random "
+    "network's.",
+)
 
 
 def encoder_table(rows: Sequence[Row], task: str, evaluation: str, name: Callable[[str], str]) -> Table:
@@ -208,8 +220,11 @@ def encoder_table(rows: Sequence[Row], task: str, evaluation: str, name: Callabl
         notes.append("Share: of the teacher's own score, the first column.")
     if any(row.agreement is not None for row in rows):
         notes.append("Agree: the likeliest class is the teacher's. KL(teacher || student) in nats per example.")
+    if task == "diffusion":
+        notes += _DRAWINGS
     what = "patches" if task == "image" else "tokens"
-    notes.append(f"Cosine: of the pooled feature to the teacher's; {what}: the same of each last hidden state.")
+    if task != "diffusion":
+        notes.append(f"Cosine: of the pooled feature to the teacher's; {what}: the same of each last hidden state.")
     if any(row.mrr is not None for row in rows):
         notes.append("MRR: how high the second half of a passage ranks among all, looked for by the first.")
     strong = {i for i, row in enumerate(shown) if row.name == "student"}
@@ -227,6 +242,7 @@ def parts_table(run: Run) -> Table | None:
         "text": ("Perplexity by part of the text", "perplexity"),
         "sentences": ("Cosine by part of the sentences", "cosine"),
         "image": ("Agreement by part of the images", "agreement"),
+        "diffusion": ("", ""),
     }[run.task]
     return _by_part(
         words, run, lambda row: {part: found[metric] for part, found in row.parts.items() if metric in found}
@@ -338,6 +354,33 @@ def encoder_results(results: Sequence[tuple[str, Result]], link: Callable[[str],
     columns = [
         "run", "tokens", "score", "teacher", "swapped", "student", "window, untrained", "no attention",
         "of the teacher's", "at least", "feature cosine", "MRR", "commit",
+    ]  # fmt: skip
+    return Table("", columns, cells).without_empty()
+
+
+def drawing_results(results: Sequence[tuple[str, Result]], link: Callable[[str], str]) -> Table:
+    """The README's table of diffusion models, a line per result file."""
+    cells: list[list[Cell]] = []
+    for path, run in results:
+        rows = {row.name: row for row in run.rows}
+        student, swapped, floor = (rows.get(n) for n in ("student", "swapped", "teacher, other seeds"))
+
+        def figure(row: Row | None, key: str, digits: int = 3) -> str:
+            return MISSING if row is None else number(getattr(row, key), digits, row.spread.get(key))
+
+        cells.append([
+            Link(path.removesuffix(".json"), link(path)),
+            count(run.trained_tokens),
+            *(figure(row, "distance") for row in (swapped, student, floor)),
+            *(figure(student, key, 2) for key in ("psnr", "ssim")),
+            *(_share(row, "accuracy") if row else MISSING for row in (rows.get("teacher"), student)),
+            _share(student, "retained") if student else MISSING,
+            *(figure(row, "frechet", 2) for row in (student, floor)),
+            str(run.commit),
+        ])  # fmt: skip
+    columns = [
+        "run", "tokens", "distance, swapped", "student", "other seeds", "PSNR", "SSIM", "class seen, teacher",
+        "class seen, student", "of the teacher's", "Fréchet", "other seeds' Fréchet", "commit",
     ]  # fmt: skip
     return Table("", columns, cells).without_empty()
 

@@ -54,6 +54,8 @@ def judge(rows: Sequence[Row], gate: Mapping[str, Any] | None = None) -> Verdict
     is below LINEAR_GAIN or not distinguishable from 0.
     """
     teacher, student = find(rows, "teacher"), find(rows, "student")
+    if student is not None and student.distance is not None:
+        return _drawings(rows, student, gate or {})
     if student is not None and student.cosine is not None:
         return _encoder(rows, student, gate or {})
     ratio, gain = _ratio(student, teacher), linear_gain(rows)
@@ -147,6 +149,38 @@ def _encoder(rows: Sequence[Row], student: Row, gate: Mapping[str, Any]) -> Verd
         level, headline, share = "good", share or f"{score:.4f} {words}", None
     if share:
         lines.insert(0, f"{share}.")
+    return Verdict(level=level, headline=headline, lines=lines, gates=gates)
+
+
+def _drawings(rows: Sequence[Row], student: Row, gate: Mapping[str, Any]) -> Verdict:
+    """The verdict on a diffusion model: by how near it draws to its teacher, from the same noise."""
+    swapped, floor = find(rows, "swapped"), find(rows, "teacher, other seeds")
+    assert student.distance is not None
+    share = student.distance / swapped.distance if swapped is not None and swapped.distance else None
+    lines, beaten = [], []
+    for row, words in ((find(rows, "zero-token window"), "an untrained circle"), (swapped, "the untrained swap")):
+        lead = _gap(student, row, "distance")
+        if lead is not None and lead > 0:
+            lines.append(f"{lead:.4f} nearer to the teacher's drawings than {words}.")
+        elif lead is not None:
+            beaten.append(words)
+    if floor is not None and floor.distance:
+        lines.append(f"The teacher's own drawings from other noise are {floor.distance:.4f} apart.")
+    if student.retained is not None:
+        lines.append(f"A classifier sees the class asked for {100 * student.retained:.1f} % as often as the teacher's.")
+    gates = []
+    for key, got, bound in (("retained", student.retained, "at least"), ("distance", share, "at most")):
+        if (wanted := gate.get(key)) is not None:
+            passed = got is not None and (got >= wanted if bound == "at least" else got <= wanted)
+            gates.append(Gate(name=key, bound=bound, wanted=wanted, got=got, passed=passed))  # type: ignore[arg-type]
+    of_swap = "" if share is None else f", {share:.2f} times the untrained swap's"
+    level, headline = "good", f"Distance {student.distance:.4f} to the teacher's drawings{of_swap}"
+    if missed := [g for g in gates if not g.passed]:
+        lines.insert(0, f"{headline}.")
+        level, headline = "failed", "Quality gate missed: " + "; ".join(_words(g) for g in missed)
+    elif beaten:
+        lines.insert(0, f"{headline}.")
+        level, headline = "weak", f"No better than {' or '.join(beaten)}"
     return Verdict(level=level, headline=headline, lines=lines, gates=gates)
 
 

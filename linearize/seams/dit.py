@@ -70,7 +70,8 @@ class Family:
     """One transformer class. text: where it stands in joint attention. grid(module, inputs): the grid, and how many
     tokens of further images there are. starts(inputs): the first image column of each row. alone: pattern of
     sites that see the image only. skip: (pattern of a site, why it is left alone). linear: why there is nothing to
-    replace."""
+    replace. time: a forward is told the scheduler's timestep times this (None: otherwise, see the family's pipeline).
+    """
 
     text: Literal["none", "first", "last"] = "none"
     grid: Callable[[Any, dict[str, Any]], tuple[tuple[int, ...], int]] | None = None
@@ -78,6 +79,7 @@ class Family:
     alone: str = ""
     skip: tuple[tuple[str, str], ...] = ()
     linear: str = ""
+    time: float | None = None
 
 
 # ------------------------------------------------------------------------------------------------- sources of the grid
@@ -148,15 +150,15 @@ _CAPTION = (r"context_refiner\.", "sees the caption only")
 
 #: transformer class -> what is not the same for all. A new family is one row (and one in testing/pico.py).
 FAMILIES: dict[str, Family] = {
-    "DiTTransformer2DModel": Family(grid=_latent),
-    "PixArtTransformer2DModel": Family(grid=_latent, skip=(_CROSS,)),
+    "DiTTransformer2DModel": Family(grid=_latent, time=1.0),
+    "PixArtTransformer2DModel": Family(grid=_latent, skip=(_CROSS,), time=1.0),
     "HunyuanDiT2DModel": Family(grid=_latent, skip=(_CROSS,)),
-    "SD3Transformer2DModel": Family("last", grid=_latent, alone=r"\battn2$"),
-    "FluxTransformer2DModel": Family("first", grid=_ids),
+    "SD3Transformer2DModel": Family("last", grid=_latent, alone=r"\battn2$", time=1.0),
+    "FluxTransformer2DModel": Family("first", grid=_ids, time=1e-3),
     "Flux2Transformer2DModel": Family("first", grid=_ids),
-    "ChromaTransformer2DModel": Family("first", grid=_ids),
+    "ChromaTransformer2DModel": Family("first", grid=_ids, time=1e-3),
     "AuraFlowTransformer2DModel": Family("first", grid=_latent),
-    "QwenImageTransformer2DModel": Family("first", grid=_shapes),
+    "QwenImageTransformer2DModel": Family("first", grid=_shapes, time=1e-3),
     "CogVideoXTransformer3DModel": Family("first", grid=_frames_first),
     "WanTransformer3DModel": Family(grid=_frames_last, skip=(_CROSS,)),
     "LTXVideoTransformer3DModel": Family(grid=_said, skip=(_CROSS,)),

@@ -80,6 +80,11 @@ def dtype(model: nn.Module) -> torch.dtype | None:
     return next((d for d in weights if d.is_floating_point and d.itemsize > 1), None)
 
 
+def lora_choose(layer: Any, names: list[str]) -> None:
+    """Which LoRAs of a layer act; set_adapter() would also touch requires_grad."""
+    layer._active_adapter = names
+
+
 def lora_off(model: nn.Module) -> list[Any]:
     """Switches off what LoRA is on in `model`; returns the modules, for `lora_on`."""
     layers: list[Any] = [m for m in model.modules() if hasattr(m, "enable_adapters") and hasattr(m, "lora_A")]

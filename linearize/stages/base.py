@@ -19,12 +19,14 @@ from linearize.types import GateError
 
 if TYPE_CHECKING:
     from linearize.data.examples import Examples
+    from linearize.data.noise import Noising
     from linearize.surgery.attach import Surgery
 
 
 @dataclass
 class Job:
-    """model: the converted model, surgery: its handle, data: what is trained on.
+    """model: the converted model, surgery: its handle, data: what is trained on. noising: how noise gets into it, of
+    diffusion models.
 
     work: folder for checkpoints (None: none are written). digest: of the plan and all inputs; checkpoints of another
     digest are refused. resume: continue from the newest complete checkpoint. checkpoint_seconds, checkpoint_steps: how
@@ -35,6 +37,7 @@ class Job:
     surgery: Surgery
     data: Examples
     pool: Callable[[Tensor, Tensor], Tensor] | None = None
+    noising: Noising | None = None
     seed: int = 0
     work: Path | None = None
     digest: str = ""
@@ -43,6 +46,10 @@ class Job:
     checkpoint_steps: int | None = None
     progress: bool = True
     on_step: Callable[[str, int], None] = lambda stage, step: None
+
+    def prepared(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The model's inputs of a batch of the data: with noise in them, of diffusion models."""
+        return batch if self.noising is None else self.noising.batch(batch)[0]
 
 
 class Processes:

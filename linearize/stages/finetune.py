@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from linearize.plan import FinetunePlan
 from linearize.problems import LOSSES
 from linearize.stages.base import Job
+from linearize.stages.denoising import Denoising
 from linearize.stages.loop import train
 from linearize.stages.targets import Features, NextTokens
 from linearize.surgery.port import CHILD
@@ -76,8 +77,11 @@ class Finetune:
         for parameters, _ in self.groups:
             for parameter in parameters.values():
                 parameter.requires_grad_(True)
-        self.targets = (NextTokens if job.pool is None else Features)(job, plan)
-        if plan.mode == "full" and any(getattr(plan, key) for key in LOSSES["finetune"] if key not in ("lm", "task")):
+        kind = Denoising if job.noising is not None else NextTokens if job.pool is None else Features
+        self.targets = kind(job, plan)
+        if plan.mode == "full" and any(
+            getattr(plan, key) for key in LOSSES["finetune"] if key not in ("lm", "task", "denoise")
+        ):
             self.frozen = _Frozen(weights)
 
     def loss(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:

@@ -126,7 +126,8 @@ def train(job: Job, objective: Objective, plan: TransferPlan | FinetunePlan) -> 
         weight_decay=plan.weight_decay,
     )
     report = StageReport(name)
-    done = _restore(job, name, trained, optimizer, report) if job.resume else 0
+    average = {n: p.detach().clone() for n, p in trained.items()} if plan.ema else {}
+    done = _restore(job, name, trained, optimizer, report, average) if job.resume else 0
     if done >= steps:
         return report
     device = next(iter(trained.values())).device
@@ -162,6 +163,9 @@ def train(job: Job, objective: Objective, plan: TransferPlan | FinetunePlan) -> 
                 accelerator.clip_grad_norm_(trained.values(), plan.clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            _follow(average, trained, min(plan.ema, (step + 1) / (step + 10)))
+            if step + 1 == steps:
+                _follow(trained, average, 0.0)
             _log(report, values, share)
             report.steps, report.tokens = step + 1, round((step + 1) * plan.batch * length)
             report.seconds = before + time.monotonic() - started
@@ -172,13 +176,20 @@ def train(job: Job, objective: Objective, plan: TransferPlan | FinetunePlan) -> 
             if job.checkpoint_steps is not None:
                 due = (step + 1) % job.checkpoint_steps == 0
             if job.work is not None and accelerator.is_main_process and (due or finished):
-                _checkpoint(job, name, trained, optimizer, report, finished)
+                _checkpoint(job, name, trained, optimizer, report, finished, average)
                 saved = time.monotonic()
     accelerator.wait_for_everyone()
     for parameter in trained.values():
         if not torch.isfinite(parameter).all():
             raise not_finite(f"stage {name}", job.model)
     return report
+
+
+@torch.no_grad()
+def _follow(average: dict[str, Any], weights: dict[str, Any], keep: float) -> None:
+    """average = keep * average + (1 - keep) * weights, of all that is in both."""
+    for name in average.keys() & weights.keys():
+        average[name].lerp_(weights[name], 1 - keep)
 
 
 def _log(report: StageReport, values: dict[str, float], share: float) -> None:
@@ -227,7 +238,15 @@ def _folders(job: Job, name: str) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]))
 
 
-def _checkpoint(job: Job, name: str, trained: dict[str, nn.Parameter], optimizer: Any, report: StageReport, finished):
+def _checkpoint(
+    job: Job,
+    name: str,
+    trained: dict[str, nn.Parameter],
+    optimizer: Any,
+    report: StageReport,
+    finished: bool,
+    average: dict[str, Tensor],
+) -> None:
     from safetensors.torch import save_file
 
     assert job.work is not None
@@ -236,6 +255,7 @@ def _checkpoint(job: Job, name: str, trained: dict[str, nn.Parameter], optimizer
     if not finished:
         for key, value in _moments(trained, optimizer).items():
             tensors[key] = value
+        tensors |= {f"average.{n}": value.contiguous() for n, value in average.items()}
     progress = {"digest": job.digest, "finished": finished, "report": vars(report)}
     with atomic_folder(job.work / f"{name}-{report.steps:08d}", overwrite=True) as folder:
         save_file(tensors, folder / "tensors.safetensors")
@@ -255,7 +275,14 @@ def _moments(trained: dict[str, nn.Parameter], optimizer: Any) -> dict[str, Tens
     }
 
 
-def _restore(job: Job, name: str, trained: dict[str, nn.Parameter], optimizer: Any, report: StageReport) -> int:
+def _restore(
+    job: Job,
+    name: str,
+    trained: dict[str, nn.Parameter],
+    optimizer: Any,
+    report: StageReport,
+    average: dict[str, Tensor],
+) -> int:
     """Load the newest complete checkpoint of the stage, if any; returns the number of finished steps."""
     from safetensors.torch import load_file
 
@@ -277,6 +304,8 @@ def _restore(job: Job, name: str, trained: dict[str, nn.Parameter], optimizer: A
             }
             if moments:
                 optimizer.state[parameter] = moments
+        for n, value in average.items():
+            value.copy_(tensors.get(f"average.{n}", trained[n]))
     vars(report).update(progress["report"])
     return report.steps
 

@@ -24,6 +24,8 @@ from linearize.stages.loop import train
 from linearize.surgery.attach import Surgery
 from linearize.types import Context, InputError, Site, StageReport
 
+Prepare = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+
 
 class _LastSite(Exception):
     """Every site has been seen: the rest of the teacher's forward is not needed."""
@@ -32,8 +34,11 @@ class _LastSite(Exception):
 class Transfer:
     """The objective of the stage. Losses of each call of a mixer, in their order, are logged as `layer.<i>`."""
 
-    def __init__(self, surgery: Surgery, plan: TransferPlan, name: str = "transfer") -> None:
-        self.surgery, self.plan, self.name = surgery, plan, name
+    def __init__(
+        self, surgery: Surgery, plan: TransferPlan, name: str = "transfer", prepare: Prepare = lambda batch: batch
+    ) -> None:
+        """prepare: makes the model's inputs of a batch."""
+        self.surgery, self.plan, self.name, self.prepare = surgery, plan, name, prepare
         parameters = {f"{site}.{n}": p for site, mixer in surgery.mixers.items() for n, p in mixer.named_parameters()}
         self.groups = [(parameters, plan.lr)]
         if not parameters:
@@ -54,7 +59,7 @@ class Transfer:
 
         model = body(self.surgery.model)
         with torch.no_grad(), self.surgery.watch(watcher), contextlib.suppress(_LastSite):
-            model(**inputs(model, batch))
+            model(**inputs(model, self.prepare(batch)))
         total = torch.stack(losses).mean()
         return {"loss": total, **{f"layer.{i}": value for i, value in enumerate(losses)}}
 
@@ -179,4 +184,4 @@ def far_loss(mixer: Any, q: Tensor, parts: Branches, ctx: Context, out: Tensor, 
 
 def transfer(job: Job, plan: TransferPlan, name: str = "transfer") -> StageReport:
     """Run the stage: only the mixers change. name: of its checkpoints, where a plan has several of them."""
-    return train(job, Transfer(job.surgery, plan, name), plan)
+    return train(job, Transfer(job.surgery, plan, name, job.prepared), plan)

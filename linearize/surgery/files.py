@@ -458,6 +458,12 @@ def load_adapter(model: nn.Module, folder: str | Path, *, name: str | None = Non
     return surgery
 
 
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter of a transformers model (one of diffusers has components)."""
+    path = folder / ADAPTER_CONFIG
+    return path.is_file() and '"components"' not in path.read_text(encoding="utf-8", errors="replace")
+
+
 def _added(model: nn.Module) -> dict[str, Tensor]:
     """The tensors that surgery and LoRA brought, each once."""
     named = [*model.named_parameters(), *model.named_buffers()]

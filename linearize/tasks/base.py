@@ -11,10 +11,12 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from linearize.data.examples import Examples
+from linearize.data.noise import Noising
 from linearize.evaluate import diagnostics
 from linearize.evaluate.quality import WINDOW
 from linearize.plan import Plan
 from linearize.report import looks, schema
+from linearize.surgery import files
 from linearize.surgery.attach import Surgery
 from linearize.types import InputError
 
@@ -91,7 +93,7 @@ class Task(ABC):
     name: ClassVar[str]
 
     def __init__(self, plan: Plan, model: nn.Module, processor: Any, folder: Path | None = None) -> None:
-        """processor: tokenizer or image processor."""
+        """processor: tokenizer, image processor, or a scheduler of noise."""
         self.plan, self.model, self.processor, self.folder = plan, model, processor, folder
 
     @abstractmethod
@@ -113,6 +115,11 @@ class Task(ABC):
         return not (self.plan.eval.source or self.plan.data.valid)
 
     @property
+    def noising(self) -> Noising | None:
+        """How noise gets into the data, of diffusion models."""
+        return None
+
+    @property
     def pool(self) -> Pool | None:
         """The feature of each example, [B, E], from (last hidden state [B, T, D], real_BT), of encoders."""
         return None
@@ -131,6 +138,15 @@ class Task(ABC):
     @abstractmethod
     def diagnostics(self, surgery: Surgery, exam: Exam) -> looks.Diagnostics:
         """What their attention looks like."""
+
+    def write(self, surgery: Surgery, folder: Path) -> None:
+        """The converted model into `folder`, as the plan's output says; LoRA is merged already where it is to be."""
+        plan = self.plan
+        if plan.output.adapter_only:
+            files.write_adapter(surgery, folder, base=plan.model.id, revision=plan.model.revision, task=plan.task)
+            return
+        files.write(surgery, folder, self.processor)
+        files.carry(self.folder, folder, self.carried)
 
     @property
     def carried(self) -> list[str]:

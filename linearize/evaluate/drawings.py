@@ -1,0 +1,176 @@
+"""How good a converted diffusion model is: it draws from the same noise as its teacher, under the same conditions.
+
+Figures of pairs come from one number per drawing, so that intervals resample drawings (evaluate/encoders.py); those of
+sets have none. Everything stands beside the floor: the teacher's own drawings from other noise.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from linearize.data.drawing import answer, denoise, noise_of, seed_of, time_of
+from linearize.data.latents import Latents
+from linearize.evaluate import judges
+from linearize.evaluate.encoders import Sample
+from linearize.evaluate.encoders import Score as Samples
+from linearize.evaluate.quality import STUDENT, TEACHER, Variant, chosen, evaluating
+from linearize.progress import bar
+from linearize.types import GateError
+
+FLOOR = "teacher, other seeds"
+FOLLOWED = 32  # drawings along whose way, as the teacher goes it, answers are compared
+TIMED = (4, 50)  # steps of the drawings that are timed
+Teacher = Callable[[], AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True)
+class Score:
+    """One variant: drawn [N, ...] from the same noise; error_MS: of its answers on the teacher's own way, relative, by
+    drawing and step (None: the teacher's, and its floor). seconds: of one drawing, by number of steps."""
+
+    name: str
+    drawn: Tensor
+    error_MS: Tensor | None = None
+    seconds: dict[int, float] = field(default_factory=dict)
+
+
+@dataclass
+class Way:
+    """Where the teacher's first drawings came by: x_t and its answers at each timestep."""
+
+    times: list[int] = field(default_factory=list)
+    x: list[Tensor] = field(default_factory=list)
+    answers: list[Tensor] = field(default_factory=list)
+
+
+class Studio:
+    """Draws the examples of `data` with any variant; the teacher goes first, once."""
+
+    def __init__(self, data: Latents, scheduler: Any, steps: int, batch: int) -> None:
+        self.data, self.scheduler, self.steps, self.batch = data, scheduler, steps, batch
+        self.seeds = data.seeds[data.order]
+        self.way: Way | None = None
+        self.known: dict[str, Score] = {}
+
+    def measure(
+        self, model: nn.Module, variants: Sequence[Variant], teacher: Teacher, progress: bool | None = None
+    ) -> list[Score]:
+        """Scores of the teacher, its floor, and each variant. Raises GateError where a drawing is not finite."""
+        with evaluating(model), bar("drawing", len(self.data) * (len(variants) + 2), progress) as advance:
+            with teacher() as other:
+                subject = chosen(model, other)
+                if TEACHER not in self.known:
+                    drawn = self._draw(subject, self.seeds, advance)
+                    self.known[TEACHER] = Score(TEACHER, drawn, None, self._timed(subject))
+                if FLOOR not in self.known:
+                    others = torch.tensor([seed_of(int(seed), 1) for seed in self.seeds])
+                    self.known[FLOOR] = Score(FLOOR, self._draw(subject, others, advance))
+                if self.way is None:
+                    self.way = self._walk(subject)
+            for name, enter in variants:
+                with enter() as other:
+                    subject = chosen(model, other)
+                    drawn = self._draw(subject, self.seeds, advance)
+                    seconds = self._timed(subject) if name == STUDENT else {}
+                    self.known[name] = Score(name, drawn, self._error(subject), seconds)
+                if not drawn.isfinite().all():
+                    raise GateError(f"row {name!r}: drawings are not finite; look for NaN or inf in the weights")
+        return [self.known[name] for name in (TEACHER, FLOOR, *(name for name, _ in variants))]
+
+    def _conditions(self, rows: slice) -> dict[str, Tensor]:
+        each = {name: values[rows] for name, values in self.data.conditions().items()}
+        return {**each, **self.data.shared}
+
+    def _draw(self, model: nn.Module, seeds_N: Tensor, advance: Callable[[int], None]) -> Tensor:
+        shape, found = self.data.clean.shape[1:], []
+        for start in range(0, len(seeds_N), self.batch):
+            rows = slice(start, start + self.batch)
+            noise = noise_of(seeds_N[rows], shape)
+            found.append(denoise(model, self.scheduler, noise, self._conditions(rows), self.steps))
+            advance(len(noise))
+        return torch.cat(found)
+
+    def _walk(self, model: nn.Module) -> Way:
+        way, some = Way(), slice(0, min(FOLLOWED, len(self.data)))
+
+        def seen(t: int, x: Tensor, out: Tensor) -> None:
+            way.times.append(t)
+            way.x.append(x.clone())
+            way.answers.append(out)
+
+        noise = noise_of(self.seeds[some], self.data.clean.shape[1:])
+        denoise(model, self.scheduler, noise, self._conditions(some), self.steps, seen=seen)
+        return way
+
+    @torch.no_grad()
+    def _error(self, model: nn.Module) -> Tensor:
+        """Squared error of the answers over the squares of the teacher's, [M, S]."""
+        assert self.way is not None
+        place, scale = next(model.parameters()), time_of(model)
+        more = self._conditions(slice(0, len(self.way.x[0])))
+        more = {n: t.to(place.device, place.dtype if t.is_floating_point() else None) for n, t in more.items()}
+        found = []
+        for t, x, known in zip(self.way.times, self.way.x, self.way.answers):
+            told = torch.full((len(x),), t * scale, device=place.device)
+            own = answer(model, x.to(place.dtype), told, more).float()
+            found.append((own - known).square().flatten(1).sum(1) / known.square().flatten(1).sum(1))
+        return torch.stack(found, 1).double().cpu()
+
+    def _timed(self, model: nn.Module) -> dict[int, float]:
+        """Seconds of one drawing, end to end, after one step to warm up."""
+        some = slice(0, 1)
+        noise = noise_of(self.seeds[some], self.data.clean.shape[1:])
+        denoise(model, self.scheduler, noise, self._conditions(some), 1)
+        found = {}
+        for steps in TIMED:
+            start = time.perf_counter()
+            denoise(model, self.scheduler, noise, self._conditions(some), steps)
+            found[steps] = time.perf_counter() - start
+        return found
+
+
+# ---------------------------------------------------------------------------------------------------------- the figures
+def samples(score: Score, teacher: Score, labels_N: Tensor | None, judge: Any) -> Samples:
+    """One number per drawing: distance (root mean square), trajectory, and of images psnr, ssim, what a judge sees."""
+    found: dict[str, Tensor] = {}
+    other = score.name != TEACHER
+    pictures = score.drawn.ndim == 4 and score.drawn.shape[1] in (1, 3)
+    if other:
+        found["distance"] = (score.drawn - teacher.drawn).double().square().flatten(1).mean(1).sqrt()
+    if score.error_MS is not None:
+        found["trajectory"] = score.error_MS.mean(1)
+    if pictures:
+        own, known = score.drawn.clamp(-1, 1), teacher.drawn.clamp(-1, 1)
+        if other:
+            found["psnr"], found["ssim"] = judges.psnr(own, known), judges.ssim(own, known)
+        if judge is not None:
+            logits, features = judge(own)
+            logits_T, features_T = judge(known)
+            if other:
+                found["cosine"] = torch.nn.functional.cosine_similarity(features, features_T, dim=-1)
+                found["agreement"] = (logits.argmax(-1) == logits_T.argmax(-1)).float()
+            if labels_N is not None:
+                found["top1"] = (logits.argmax(-1) == labels_N).float()
+    return Samples(score.name, {key: Sample(value.double()) for key, value in found.items()})
+
+
+def of_sets(score: Score, teacher: Score, networks: Mapping[str, Any]) -> dict[str, float]:
+    """Figures of the drawings as a set against the teacher's. networks: "" and "random"."""
+    if score.drawn.ndim != 4 or score.name == TEACHER or len(score.drawn) < 3:
+        return {}
+    found: dict[str, float] = {}
+    for name, network in networks.items():
+        known, own = (judges.features_of(network, s.drawn.clamp(-1, 1)) for s in (teacher, score))
+        end = f"_{name}" if name else ""
+        found[f"frechet{end}"] = judges.frechet(known, own)
+        found[f"kernel{end}"] = judges.kernel_distance(known, own)
+        if not name:
+            found["recall"], found["coverage"] = judges.recall_coverage(known, own)
+    return found
