@@ -9,9 +9,10 @@ L is what the query sees, so that it reads about k keys per head whatever L is; 
 or in bidirectional layers by the columns' mean of the estimate. `block: b` is block-SEA: instead of pixels whole
 blocks of b keys, for b queries together, as many pairs as pixels would have; a causal block of queries reads itself,
 and chooses by the estimates of the b queries up to its first, which know no future. Where text and an image stand in
-one sequence, text rows are exact softmax. Ours: block-SEA; the budget counts pixels that cover a key (at L < K the
-paper's counts empty ones); losses on the full map are summed over pixels, which is the same and holds no T x T, and
-nothing else teaches the estimator; no jitter of pixels; see estimate.py for the rest.
+one sequence, text rows are exact softmax.
+Ours: block-SEA; the budget counts pixels that cover a key (at L < K the paper's counts empty ones); losses on the full
+map are summed over pixels, which is the same and holds no T x T, and nothing else teaches the estimator; no jitter of
+pixels; see estimate.py for the rest.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class _Call(NamedTuple):
 
 class Sea(Mixer):
     """See the top of this file. Decoding keeps the teacher's keys and values, and of the estimator running sums and the
-    last rows of its image: it saves reading, not memory."""
+    last rows of its image: a state that grows. All scores of a step are made, and those that were not chosen hidden."""
 
     paper = "https://arxiv.org/abs/2310.01777"
     kinds = frozenset({"causal", "bidirectional", "joint"})
