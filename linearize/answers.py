@@ -119,6 +119,26 @@ class Drawn:
 
 
 @dataclass(frozen=True)
+class Recalled:
+    """What a converted model finds again in long texts, and the files that say so."""
+
+    recall: Any
+    files: list[Path]
+
+    def as_dict(self) -> dict[str, Any]:
+        return self.recall.model_dump(mode="json")
+
+    def render(self) -> Any:
+        from rich.console import Group
+
+        from linearize.report import recall, tables
+
+        shown = [t for t in (recall.table(self.recall), recall.text_table(self.recall)) if t is not None]
+        words = [*self.recall.notes, f"written: {', '.join(map(str, self.files))}"]
+        return Group(*(tables.render(t, "rich") for t in shown), *words)
+
+
+@dataclass(frozen=True)
 class Benched:
     """A benchmark file's content, and where it was written (None: nowhere)."""
 

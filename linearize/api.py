@@ -24,6 +24,7 @@ from linearize.resolve import choose, fitting, resolve
 if TYPE_CHECKING:
     from torch import nn
 
+    from linearize.answers import Recalled
     from linearize.conversion import Converted
 
 LISTS = ("methods", "families", "recipes", "embedded")
@@ -240,6 +241,16 @@ def evaluate(
     )
     table = exam.rows(scores, plan.seed)
     return Evaluated(table, exam.words, verdict.judge(table, plan.gate.model_dump()), plan.task)
+
+
+def recall(model: str | Path, **options: Any) -> Recalled:
+    """Ask a converted folder, its teacher and windows for what long texts held: passkeys, needles, pairs.
+
+    options: see recalling.recalled. Raises InputError, Unsupported, StorageError.
+    """
+    from linearize.recalling import recalled
+
+    return recalled(model, **options)
 
 
 def bench(

@@ -179,12 +179,27 @@ def evaluate(
     length: Annotated[int | None, typer.Option("--length", min=2, help="Positions of each document.")] = None,
     teacher: Annotated[str | None, typer.Option("--teacher", help="What it was converted from, if moved.")] = None,
     adjust: Adjust = None,
+    suite: Annotated[str | None, typer.Option("--suite", help="recall: does it find again what a text held?")] = None,
+    tasks: Annotated[str | None, typer.Option("--tasks", help="Of the suite: passkey,s-niah-1,needle,mqar,...")] = None,
+    lengths: Annotated[str | None, typer.Option("--lengths", help="Of the suite: tokens, 1024,2048,4096.")] = None,
+    depths: Annotated[int | None, typer.Option("--depths", min=1, help="Of the suite: places of the needle.")] = None,
+    trials: Annotated[int | None, typer.Option("--trials", min=1, help="Of the suite: questions each.")] = None,
+    mqar_pairs: Annotated[str | None, typer.Option("--mqar-pairs", help="Of the suite: 4,16,64.")] = None,
+    haystack: Annotated[str | None, typer.Option("--haystack", help="Of the suite: real text to hide in.")] = None,
+    allow_longer: Longer = False,
+    output_dir: Output = None,
     device: Device = "auto",
     seed: Seed = None,
     trust_remote_code: Trust = False,
     json: Json = False,
 ) -> None:
     """Measure a converted model against its teacher, its window and its own branches."""
+    if suite is not None:
+        asked: Any = {"tasks": tasks, "lengths": lengths, "depths": depths, "trials": trials, "pairs": mqar_pairs}
+        more: Any = {"haystack": haystack, "allow_longer": allow_longer, "output_dir": output_dir, "teacher": teacher}
+        common: Any = {"adjust": adjust or (), "device": device, "trust_remote_code": trust_remote_code}
+        _show(api.recall(model, suite=suite, seed=seed, **asked, **more, **common), json)
+        return
     _show(
         api.evaluate(
             model,

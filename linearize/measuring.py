@@ -40,6 +40,16 @@ class Work:
         return None if self.folder is None else self.folder / name
 
 
+class Reopened(NamedTuple):
+    """A folder that convert wrote, with its teacher."""
+
+    plan: Plan
+    student: Any
+    base: Any
+    surgery: Surgery
+    task: Task
+
+
 class Opened(NamedTuple):
     """A folder that convert wrote, with its teacher and what both are measured on."""
 
@@ -51,7 +61,16 @@ class Opened(NamedTuple):
     exam: Exam
 
 
-def open_converted(
+def open_converted(model: Any, asked: Mapping[str, Any], **options: Any) -> Opened:
+    """`reopen`, and what the recipe measures on. Raises InputError, StorageError."""
+    found = reopen(model, asked, **options)
+    exam = found.task.kept(Path(model)) if found.task.held_out else found.task.exam(None)
+    if exam is None:
+        raise InputError("this folder holds nothing to measure on: name data with --dataset")
+    return Opened(*found, exam)
+
+
+def reopen(
     model: Any,
     asked: Mapping[str, Any],
     *,
@@ -60,7 +79,7 @@ def open_converted(
     device: str = "auto",
     seed: int | None = None,
     trust_remote_code: bool = False,
-) -> Opened:
+) -> Reopened:
     """asked: keys of `eval` in place of the recipe's, where not None. adjust: settings of the mixers, or lines
     "key=value". Raises InputError, StorageError."""
     if not isinstance(model, str | Path) or not (Path(model) / "resolved_recipe.yaml").is_file():
@@ -81,10 +100,7 @@ def open_converted(
         surgery.adjust(settings)
     base = models.load_model(teacher or plan.model.id, dtype=student.model.dtype, **options)
     task = tasks.of(plan.task)(plan, base.model, base.processor, models.home(base.model, base.source))
-    exam = task.kept(folder) if task.held_out else task.exam(None)
-    if exam is None:
-        raise InputError("this folder holds nothing to measure on: name data with --dataset")
-    return Opened(plan, student, base, surgery, task, exam)
+    return Reopened(plan, student, base, surgery, task)
 
 
 def write_attention(

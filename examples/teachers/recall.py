@@ -117,14 +117,14 @@ def lay_circuit(model) -> None:
         width = part.shape[1]
         E[:, 1 + size * (width != size) :][:, :width] = 0.2 * width**0.5 * F.normalize(part, dim=-1)
     constant = 0.8 / E.square().mean(-1).sqrt().mean()  # after the norm
-    speed = model.config.rope_parameters["rope_theta"] ** (-torch.arange(3) * 2 / D)
+    speed = model.config.rope_parameters["rope_theta"] ** (-torch.arange(4) * 2 / D)
     some = torch.arange(size)
     for head in range(model.config.num_attention_heads):
         rows, place = slice(head * D, (head + 1) * D), slot + head * size + some
         q, k = first.q_proj.weight[rows], first.k_proj.weight[rows]  # softmax over how far back, sharply
-        q[:3, 0] += 15 / constant
-        k[:3, 0] += 15 * (speed * (head + 1)).cos() / constant
-        k[8:11, 0] += 15 * (speed * (head + 1)).sin() / constant
+        q[:4, 0] += 15 / constant
+        k[:4, 0] += 15 * (speed * (head + 1)).cos() / constant
+        k[8:12, 0] += 15 * (speed * (head + 1)).sin() / constant
         first.v_proj.weight[head * D + some, 1 + some] += 1
         first.o_proj.weight[place, head * D + some] += 0.2
         q, k = second.q_proj.weight[rows], second.k_proj.weight[rows]
@@ -370,7 +370,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("tokenizer", parents=[common])
     p = commands.add_parser("train", parents=[common])
-    p.add_argument("--stages", default="256:60,1024:40,2048:60", help="length:steps, in turn")
+    p.add_argument("--stages", default="256:30,1024:30,2048:20", help="length:steps, in turn")
     p.add_argument("--tokens", type=int, default=8192, help="per step")
     p.add_argument("--layers", type=int, default=2)
     p.add_argument("--heads", type=int, default=6)

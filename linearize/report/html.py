@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from linearize.report import tables
-from linearize.report.schema import Report
+from linearize.report.schema import Provenance, Report
 from linearize.storage import write_atomic
 
 STYLE = """
@@ -72,19 +72,24 @@ def render(report: Report, plots: bool = True) -> str:
         f"<h1>{escape(title)}</h1>",
         f"<p class=sub>{escape(_subtitle(report))}</p>",
         _verdict(report),
-        _section("Quality", _tables(report)),
-        _section("Side by side", "\n".join([*_grid(report), *_samples(report)])),
+        section("Quality", _tables(report)),
+        section("Side by side", "\n".join([*_grid(report), *_samples(report)])),
     ]
     if plots:
         from linearize.report.plots import drawings
 
-        body.append(_section("Pictures", "\n".join(_picture(drawing) for drawing in drawings(report))))
+        body.append(section("Pictures", "\n".join(picture(drawing) for drawing in drawings(report))))
     body += [
-        _section("Layers", _layers(report)),
-        _section("Notes", _list(report.notes)),
-        _section("Plan", f"<pre>{escape(yaml.safe_dump(report.plan, sort_keys=False, allow_unicode=True))}</pre>"),
-        _section("Provenance", _provenance(report)),
+        section("Layers", _layers(report)),
+        section("Notes", bullets(report.notes)),
+        section("Plan", f"<pre>{escape(yaml.safe_dump(report.plan, sort_keys=False, allow_unicode=True))}</pre>"),
+        section("Provenance", provenance(report, _runs(report))),
     ]
+    return document(title, body)
+
+
+def document(title: str, body: list[str]) -> str:
+    """A whole page; parts of `body` that are empty are left out."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -94,12 +99,12 @@ def render(report: Report, plots: bool = True) -> str:
     )
 
 
-def _section(title: str, content: str) -> str:
+def section(title: str, content: str) -> str:
     """Nothing where there is nothing to say."""
     return f"<section><h2>{escape(title)}</h2>\n{content}</section>" if content.strip() else ""
 
 
-def _list(lines: list[str]) -> str:
+def bullets(lines: list[str]) -> str:
     return "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>" if lines else ""
 
 
@@ -117,9 +122,8 @@ def _subtitle(report: Report) -> str:
 
 def _verdict(report: Report) -> str:
     verdict = report.verdict
-    return (
-        f"<div class='verdict {verdict.level}'><strong>{escape(verdict.headline)}</strong>{_list(verdict.lines)}</div>"
-    )
+    words = f"<strong>{escape(verdict.headline)}</strong>{bullets(verdict.lines)}"
+    return f"<div class='verdict {verdict.level}'>{words}</div>"
 
 
 def _tables(report: Report) -> str:
@@ -170,7 +174,7 @@ def _samples(report: Report) -> list[str]:
     return out
 
 
-def _picture(drawing: Any) -> str:
+def picture(drawing: Any) -> str:
     data = base64.b64encode(drawing.png).decode()
     caption = f"<p>{escape(drawing.caption)}</p>" if drawing.caption else ""
     title = escape(drawing.title)
@@ -186,18 +190,23 @@ def _layers(report: Report) -> str:
         for what in site.drops if site.converted else ():
             dropped.setdefault(what, []).append(site.name)
     lines += [f"Not kept in {len(names)} layers: {what}" for what, names in dropped.items()]
-    return _list(lines)
+    return bullets(lines)
 
 
-def _provenance(report: Report) -> str:
+def _runs(report: Report) -> dict[str, str]:
+    recipe = f"{report.recipe or 'none'} (plan {report.plan_digest})"
+    return {"recipe": recipe, "seeds": ", ".join(map(str, report.seeds))}
+
+
+def provenance(report: Provenance, more: dict[str, str]) -> str:
+    """Where numbers come from. more: lines before the machine."""
     machine = report.machine
     memory = f", {tables.size(machine.memory)}" if machine.memory else ""
     facts = {
         "command": report.command,
         "commit": str(report.commit),
         "date": report.date,
-        "recipe": f"{report.recipe or 'none'} (plan {report.plan_digest})",
-        "seeds": ", ".join(map(str, report.seeds)),
+        **more,
         "machine": f"{machine.cpu}, {machine.cores} cores, {machine.threads} threads{memory}, {machine.system}",
         "device": machine.device,
         "versions": ", ".join(f"{name} {version}" for name, version in report.versions.items()),

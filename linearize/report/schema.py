@@ -27,12 +27,12 @@ from linearize.types import InputError, StorageError, nearest
 VERSION = 1
 
 
-def _without_paths(value: Any) -> Any:
+def without_paths(value: Any) -> Any:
     """Absolute paths cut to their last name: reports get published, the folders of a machine are nobody's business."""
     if isinstance(value, dict):
-        return {key: _without_paths(item) for key, item in value.items()}
+        return {key: without_paths(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_paths(item) for item in value]
+        return [without_paths(item) for item in value]
     if isinstance(value, str | Path) and Path(value).is_absolute():
         return Path(value).name
     return str(value) if isinstance(value, Path) else value
@@ -74,7 +74,7 @@ class Provenance(Strict):
 class Model(Strict):
     """The teacher. source: where it came from. layers: attention layers found; converted: how many were replaced."""
 
-    id: Annotated[str, BeforeValidator(_without_paths)]
+    id: Annotated[str, BeforeValidator(without_paths)]
     source: Literal["hub", "folder", "gguf", "embedded", "object"] | None = None
     revision: str | None = None
     type: str | None = None
@@ -300,7 +300,7 @@ class Report(Run):
     """report.json: with the plan, the sites and what the plots need."""
 
     kind: Literal["report"] = "report"
-    plan: Annotated[dict[str, Any], BeforeValidator(_without_paths)]
+    plan: Annotated[dict[str, Any], BeforeValidator(without_paths)]
     sites: list[SiteInfo] = []
     diagnostics: Diagnostics = Field(default_factory=Diagnostics)
 
@@ -335,7 +335,7 @@ class Bench(Provenance):
     notes: list[str] = []
 
 
-File = TypeVar("File", Result, Report, Bench)
+File = TypeVar("File", bound=Provenance)
 
 
 # ------------------------------------------------------------------------------------------- building
@@ -395,7 +395,7 @@ def dumps(value: Any, indent: int = 0) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False)
 
 
-def write(file: Result | Report | Bench, path: str | Path) -> None:
+def write(file: Provenance, path: str | Path) -> None:
     """Writes the file whole or not at all. Raises StorageError."""
     write_atomic(path, dumps(file.model_dump(mode="json")) + "\n")
 

@@ -2,7 +2,7 @@
 
 Rows are variants as in `quality`: the teacher, windows without training, the student, the student with a branch off.
 All of them read the same texts. A length counts for a claim only where the teacher itself is right on 90 % of at least
-50 questions (`counts`): what the teacher cannot find says nothing about a student's memory.
+50 questions (report.recall): what the teacher cannot find says nothing about a student's memory.
 """
 
 from __future__ import annotations
@@ -21,8 +21,6 @@ from linearize.evaluate.quality import TEACHER, Variant, chosen, evaluating
 from linearize.evaluate.recall.tasks import TASKS, Task, Trial, trial
 from linearize.progress import bar
 from linearize.types import GateError, InputError, nearest
-
-ENOUGH, QUESTIONS = 0.9, 50
 
 
 @dataclass(frozen=True)
@@ -44,6 +42,20 @@ class Settings:
                 raise InputError(f"no recall task {name!r}: {nearest(name, list(TASKS))}")
         if min(self.depths, self.trials, *self.lengths, *self.pairs) < 1:
             raise InputError("recall: depths, trials, lengths and pairs must be 1 or more")
+
+    @classmethod
+    def read(cls, **given: Any) -> Settings:
+        """From a command line: lists may be words with commas, None is the default. Raises InputError."""
+        asked: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+        for key in ("tasks", "lengths", "pairs"):
+            if (value := asked.get(key)) is None:
+                continue
+            words = [word.strip() for word in value.split(",")] if isinstance(value, str) else list(value)
+            try:
+                asked[key] = tuple(words if key == "tasks" else map(int, words))
+            except ValueError:
+                raise InputError(f"recall: {key} {value!r} are no numbers: write them as 1024,2048,4096") from None
+        return cls(**asked)
 
 
 @dataclass(frozen=True)
@@ -146,16 +158,3 @@ def _likeliest(model: Any, ids_BT: Tensor, mask_BT: Tensor, columns_N: Tensor, n
     if not logits[mask_BT[:, columns_N].to(device)].isfinite().all():
         raise GateError(f"row {name!r}: logits are not finite; look for NaN or inf in the model's weights")
     return logits.argmax(-1).cpu()
-
-
-# ---------------------------------------------------------------------------------------------- what it comes to
-def accuracy(found: Sequence[Cell], task: str, length: int, pairs: int | None = None) -> tuple[int, int]:
-    """(right, asked) over all depths."""
-    some = [c for c in found if (c.task, c.length, c.pairs) == (task, length, pairs)]
-    return sum(c.right for c in some), sum(c.asked for c in some)
-
-
-def counts(teacher: Sequence[Cell], task: str, length: int, pairs: int | None = None) -> bool:
-    """Whether a student may be judged there: the teacher is right on 90 % of at least 50 questions."""
-    right, asked = accuracy(teacher, task, length, pairs)
-    return asked >= QUESTIONS and right >= ENOUGH * asked
