@@ -104,14 +104,18 @@ def rows_of(
         student.model, base.processor, settings, variants, teacher=lambda: nullcontext(base.model),
         longest=None if allow_longer else limit, text=sentences, first=first,
     )  # fmt: skip
-    rows = [
-        recall.Row(name=name, cells=[recall.Cell(**asdict(cell)) for cell in cells], state_bytes=bytes_of.get(name))
+    read = {row.name: row for row in _read(found, variants, sentences, max(settings.lengths))} if sentences else {}
+    return [
+        recall.Row(
+            name=name,
+            cells=[recall.Cell(**asdict(cell)) for cell in cells],
+            state_bytes=bytes_of.get(name),
+            buckets=dict(read[name].buckets) if name in read else {},
+            perplexity=read[name].perplexity if name in read else None,
+            copy_nll=read[name].copy_nll if name in read else None,
+        )
         for name, cells in found_cells.items()
     ]
-    for row in _read(found, variants, sentences, max(settings.lengths)) if sentences else ():
-        mine = next(r for r in rows if r.name == row.name)
-        mine.buckets, mine.perplexity, mine.copy_nll = dict(row.buckets), row.perplexity, row.copy_nll
-    return rows
 
 
 def _read(found: Reopened, variants: Any, sentences: Sequence[str], length: int) -> list[quality.Row]:

@@ -25,9 +25,11 @@ def lessons(
     first: int | None = None,
     seed: int = 0,
 ) -> Tokens:
-    """About `tokens` ids in texts of at most `length`, needles at random depths. mix: task -> its share. pairs: the most
-    that MQAR holds (None: as many as fit beside as much haystack). Other texts than any suite's of a seed below 10^6.
-    Raises InputError where a task does not fit."""
+    """About `tokens` ids in texts of at most `length`, needles at random depths.
+
+    mix: task -> its share. pairs: the most that MQAR holds (None: as many as fit beside as much haystack). Other texts
+    than any suite's of a seed below 10^6. Raises InputError where a task does not fit.
+    """
     rng, pieces, size = random.Random(f"lessons {seed}"), [], 0
     most = min(len(KEYS), length // 8) if pairs is None else pairs
     if most < 1:
