@@ -261,6 +261,33 @@ def test_text_stays_exact(family, settings):
                     assert not torch.allclose(mixer(q, k, v, ctx), found)
 
 
+@every
+@pytest.mark.parametrize("settings", [{}, {"heads": 1, "normaliser": "inline", "norm": "center"}], ids=str)
+def test_lit_with_text_and_frames(family, settings):
+    """Its dense twin and its convolution, frame by frame; rows of text are the teacher's."""
+    if family == "unet":
+        pytest.skip("a UNet has no text in its sequence and no frames: see the laws of images")
+    model = pico_diffusion(family)
+    surgery = linearize.attach(model, None, "lit", settings)
+    calls = []
+
+    def look(site, mixer, q, k, v, ctx, out):
+        calls.append((mixer.double(), *(x.double() for x in (q, k, v)), ctx, out.double()))
+
+    with torch.no_grad(), surgery.watch(look):
+        output(model, small_inputs(model, grid_of(family), 2, TEXT))
+        for mixer, q, k, v, ctx, out in calls:
+            for parameter in mixer.parameters():
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.3)
+            found = mixer(q, k, v, ctx)
+            wrong = (found - mixer.dense(q, k, v, ctx) @ v - mixer.beside(v, ctx)).abs().amax((1, 3))
+            assert (wrong if ctx.valid_BT is None else wrong[ctx.valid_BT]).max() < 1e-9
+            if mixer.shape.joint:
+                text = [*range(ctx.prefix), *range(q.shape[2] - ctx.suffix, q.shape[2])]
+                text = [t for t in text if ctx.valid_BT is None or ctx.valid_BT[:, t].all()]
+                torch.testing.assert_close(found[:, :, text], out[:, :, text], atol=1e-5, rtol=0)
+
+
 # ------------------------------------------------------------------------------------------------------------ refusals
 def test_nothing_to_replace_is_said():
     import diffusers

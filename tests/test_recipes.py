@@ -14,10 +14,15 @@ PAPERS = [
     *("lawcat/mistral-7b", "lawcat/llama-3.2-1b"),
     *("sea/opt-125m", "sea/opt-1.3b", "sea/bert-base-mnli"),
     *("hedgehog/bert-base-sst2", "hedgehog/vit-b-16", "lit/deit-tiny"),
+    *("clear/flux.1-dev", "lit/dit-xl-2", "lit/pixart-sigma", "hedgehog/sd3.5-medium"),
 ]
 OURS = [f"hedgehog/{name}" for name in ("demo", "stories15m", "stories15m-window", "stories260k", "smollm2-135m")]
 OURS += ["lawcat/stories15m", "hedgehog/minilm-l6-v2", "sea/demo", "sea/stories15m", "sea/minilm-l6-v2"]
-OURS += [f"{method}/{name}" for method in ("hedgehog", "lit", "clear") for name in ("demo-image", "vit-fashion-mnist")]
+OURS += [
+    f"{method}/{name}"
+    for method in ("hedgehog", "lit", "clear")
+    for name in ("demo-image", "vit-fashion-mnist", "demo-diffusion", "dit-fashion-mnist")
+]
 
 
 def test_these_are_there():
@@ -59,8 +64,18 @@ def test_papers_recipes_quote_their_numbers(name):
 @pytest.mark.parametrize("name", [name for name in PAPERS + OURS if Plan.read(name).task != "text"])
 def test_encoders_and_images_are_planned_offline(name):
     planned = api.plan(recipe=name)
-    form = planned.plan.model.form
-    assert sum(len(group.sites) for group in planned.forecast.groups) == form["num_hidden_layers"]
+    form, found = planned.plan.model.form, sum(len(group.sites) for group in planned.forecast.groups)
+    if "num_hidden_layers" in form:
+        assert found == form["num_hidden_layers"]
+        return
+    attentions = form["num_layers"] + form.get("num_single_layers", 0) + len(form.get("dual_attention_layers", ()))
+    assert found == len(range(0, attentions, 2 if planned.plan.method.layers == "every:2" else 1))
+
+
+def test_sizes_of_dit_that_nobody_published():
+    for name, width in (("dit-s-2", 384), ("dit-b-2", 768), ("dit-l-2", 1024)):
+        planned = api.plan(recipe=f"lit/{name}")
+        assert planned.forecast.groups[0].shape["width"] == width and planned.plan.measured == "not here"
 
 
 def test_a_recipe_is_found_by_short_name_and_by_form():

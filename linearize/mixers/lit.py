@@ -6,12 +6,17 @@ Wang et al., "LiT: Delving into a Simplified Linear Diffusion Transformer for Im
 
 The teacher's heads are regrouped into fewer, wider ones: the same columns of q, k, v and o side by side, so that
 nothing is re-initialised and S has more of a rank. Ours: the convolution starts at zero; sums are float32; the options.
+Where text and an image stand in one sequence, text rows and columns stay softmax, as in MM-EDiT (2503.16726): a patch
+answers N / (N + T) of the above, over the N patches, and T / (N + T) of softmax over the T tokens of text. In a video
+the convolution is of each frame.
 InLine (2412.06590): o_i = s/N phi(q_i) S + (1 - s/N phi(q_i) z) mean(v), weights that add up to one unforced.
 Centred q and k, and their instance norm: T5 (2605.02772).
 """
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -21,7 +26,7 @@ from torch import Tensor, nn
 
 from linearize.mixers.base import Mixer, MixerConfig
 from linearize.mixers.parts import FeatureMap, FeatureMapName
-from linearize.mixers.patches import patch_grid
+from linearize.mixers.patches import beside_grid, patch_grid, text_softmax
 from linearize.ops._dispatch import compute_dtype
 from linearize.ops.bidirectional import in_pieces
 from linearize.types import Context, Cost, InputError, SiteShape, StateSpec
@@ -32,7 +37,7 @@ class LiT(Mixer):
     the attention and pass the convolution by."""
 
     paper = "https://arxiv.org/abs/2501.12976"
-    kinds = frozenset({"bidirectional"})
+    kinds = frozenset({"bidirectional", "joint"})
     needs = frozenset({"grid"})
     refuses = {
         "LLM": "its convolution reads the patches around each one, and text has none: use hedgehog",
@@ -77,7 +82,10 @@ class LiT(Mixer):
 
     # -------------------------------------------------------------------------------------------- the function
     def parallel(self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTV: Tensor, ctx: Context) -> Tensor:
-        grid = patch_grid(ctx, "lit")
+        return (self._joint if self.shape.joint else self._patches)(q_BHTK, k_BGTK, v_BGTV, ctx)
+
+    def _patches(self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTV: Tensor, ctx: Context) -> Tensor:
+        grid = _grid(ctx)
         v_BHTV = self._for_heads(v_BGTV.to(compute_dtype(q_BHTK, v_BGTV)))
         if ctx.valid_BT is not None:
             v_BHTV = v_BHTV * ctx.valid_BT[:, None, :, None]
@@ -85,6 +93,28 @@ class LiT(Mixer):
         patches = slice(ctx.prefix, v_BHTV.shape[2] - ctx.suffix)
         near = F.pad(self._convolution(v_BHTV[:, :, patches], grid), (0, 0, ctx.prefix, ctx.suffix))
         return (out + near).to(q_BHTK.dtype)
+
+    def _joint(self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTV: Tensor, ctx: Context) -> Tensor:
+        text = text_softmax(q_BHTK, k_BGTK, v_BGTV, ctx).output
+        image, patches = self._image(ctx, q_BHTK.shape[2])
+        near = self._patches(*(x[:, :, patches] for x in (q_BHTK, k_BGTK, v_BGTV)), image)
+        share = self._share(ctx, q_BHTK)
+        out = share * near.to(text.dtype) + (1 - share) * text[:, :, patches]
+        rows = (text[:, :, : patches.start], out, text[:, :, patches.stop :])
+        return torch.cat(rows, 2).to(q_BHTK.dtype)
+
+    def _image(self, ctx: Context, tokens: int) -> tuple[Context, slice]:
+        """The call of the patches alone, and their columns."""
+        patches = slice(ctx.prefix, tokens - ctx.suffix)
+        valid = None if ctx.valid_BT is None else ctx.valid_BT[:, patches]
+        return replace(ctx, valid_BT=valid, prefix=0, suffix=0), patches
+
+    def _share(self, ctx: Context, like_BHTK: Tensor) -> Tensor:
+        """N / (N + T), of real tokens: [B or 1, 1, 1, 1]."""
+        beside_T, dtype = beside_grid(ctx, like_BHTK), compute_dtype(like_BHTK)
+        real_BT = torch.ones_like(beside_T)[None] if ctx.valid_BT is None else ctx.valid_BT
+        share_B = (real_BT & ~beside_T).sum(1) / real_BT.sum(1).clamp(min=1)
+        return share_B.to(dtype)[:, None, None, None]
 
     def _attention(self, q_BHTK: Tensor, k_BGTK: Tensor, v_BHTV: Tensor, ctx: Context) -> Tensor:
         """[B, heads, T, joined * V]"""
@@ -132,16 +162,21 @@ class LiT(Mixer):
         """`joined` heads become one with all of their columns."""
         return x_BHTV.unflatten(1, (self.heads, self.joined)).transpose(2, 3).flatten(3)
 
-    def _convolution(self, v_BHNV: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Over the patches, row by row in and out: [B, H, N, V]."""
+    def _convolution(self, v_BHNV: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        """Over the patches of each frame, row by row in and out: [B, H, N, V]."""
         B, H, N, V = v_BHNV.shape
-        image = v_BHNV.transpose(2, 3).reshape(B, H * V, *grid)
+        image = v_BHNV.unflatten(2, (grid[0], -1)).permute(0, 2, 1, 4, 3).reshape(B * grid[0], H * V, *grid[1:])
         weight, bias = self.filter_HVYX.to(image.dtype).flatten(0, 1)[:, None], self.bias_HV.to(image.dtype).flatten()
         out = F.conv2d(image, weight, bias, padding=self.config.kernel // 2, groups=H * V)
-        return out.view(B, H, V, N).transpose(2, 3)
+        return out.view(B, grid[0], H, V, -1).permute(0, 2, 1, 4, 3).reshape(B, H, N, V)
 
     # ------------------------------------------------------------------------------------------- the definition
     def dense(self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTV: Tensor, ctx: Context, rows: slice = slice(None)) -> Tensor:
+        if self.shape.joint:
+            return self._joint_dense(q_BHTK, k_BGTK, v_BGTV, ctx, rows)
+        return self._patches_dense(q_BHTK, k_BGTK, ctx, rows)
+
+    def _patches_dense(self, q_BHTK: Tensor, k_BGTK: Tensor, ctx: Context, rows: slice = slice(None)) -> Tensor:
         phi_q = self._queries(self._normed(q_BHTK, ctx), slice(None))
         phi_k = self._keys(self._normed(k_BGTK, ctx), ctx, slice(None))
         visible_BTT = ctx.visible(q_BHTK, rows)[:, None]
@@ -154,19 +189,40 @@ class LiT(Mixer):
             weights = gain * weights + (1 - gain * total) / count * visible_BTT
         return weights.repeat_interleave(self.joined, 1)
 
+    def _joint_dense(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context, rows: slice) -> Tensor:
+        visible_BTT = ctx.visible(q)[:, None]
+        beside_T, share = beside_grid(ctx, q), self._share(ctx, q)
+        scores = q @ self._for_heads(k).mT * ctx.scale
+        low = torch.finfo(scores.dtype).min
+        seen = visible_BTT & (beside_T[:, None] | beside_T)  # pairs of which one at least is text
+        weights = scores.masked_fill(~seen, low).softmax(-1) * seen
+        image, patches = self._image(ctx, q.shape[2])
+        near = self._patches_dense(q[:, :, patches], k[:, :, patches], image)
+        weights[:, :, patches] *= 1 - share
+        weights[:, :, patches, patches] += share * near
+        return weights[:, :, rows]
+
     def beside(self, v_BGTV: Tensor, ctx: Context) -> Tensor:
-        rows, columns = patch_grid(ctx, "lit")
+        if self.shape.joint:
+            image, patches = self._image(ctx, v_BGTV.shape[2])
+            near = self._share(ctx, v_BGTV) * self._patches_beside(v_BGTV[:, :, patches], image)
+            return F.pad(near, (0, 0, ctx.prefix, ctx.suffix))
+        return self._patches_beside(v_BGTV, ctx)
+
+    def _patches_beside(self, v_BGTV: Tensor, ctx: Context) -> Tensor:
+        frames, rows, columns = _grid(ctx)
         v = v_BGTV.repeat_interleave(self.shape.group, 1)
         if ctx.valid_BT is not None:
             v = v * ctx.valid_BT[:, None, :, None]
         out, reach = torch.zeros_like(v), self.config.kernel // 2
-        for i in range(rows * columns):
-            y, x = divmod(i, columns)
+        for i in range(frames * rows * columns):
+            frame, place = divmod(i, rows * columns)
+            y, x = divmod(place, columns)
             out[:, :, ctx.prefix + i] += self.bias_HV
             for b in range(max(0, y - reach), min(rows, y + reach + 1)):
                 for a in range(max(0, x - reach), min(columns, x + reach + 1)):
                     tap_HV = self.filter_HVYX[:, :, b - y + reach, a - x + reach]
-                    out[:, :, ctx.prefix + i] += tap_HV * v[:, :, ctx.prefix + b * columns + a]
+                    out[:, :, ctx.prefix + i] += tap_HV * v[:, :, ctx.prefix + (frame * rows + b) * columns + a]
         return out
 
     # ------------------------------------------------------------------------------------------------ accounts
@@ -181,6 +237,21 @@ class LiT(Mixer):
         convolution = 2 * self.config.kernel**2 * s.heads * s.value_dim
         moved = 4 * (2 * s.heads * s.key_dim + 2 * s.heads * s.value_dim)
         return Cost(float(tokens * (maps + sums + convolution)), float(tokens * moved))
+
+    def cost_of(self, grid: tuple[int, ...], others: int) -> Cost:
+        """Forward cost over one grid of patches and so many other tokens."""
+        tokens, s = math.prod(grid), self.shape
+        if not s.joint:
+            return self.cost(tokens + others)
+        text = 2.0 * others * (2 * tokens + others) * (s.key_dim + s.value_dim) * s.heads
+        return self.cost(tokens) + Cost(text, 0.0)
+
+
+def _grid(ctx: Context) -> tuple[int, int, int]:
+    """(frames, rows, columns) of this call's patches; an image is one frame."""
+    if ctx.grid is not None and len(ctx.grid) == 3:
+        return ctx.grid[0], ctx.grid[1], ctx.grid[2]
+    return 1, *patch_grid(ctx, "lit")
 
 
 def _divisors(number: int) -> str:
