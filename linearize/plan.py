@@ -68,7 +68,8 @@ class DataPlan(BaseModel):
     alone); self_seed: its own seed (None: the run's).
     Sentences: each line of plain text, each row of a table; longer ones end at `length`. With `minimum` documents are
     cut into passages of `minimum` to `length` tokens instead. label_column: of classes, where the stages want
-    them. Images: image_column, label_column; skip_bad: leave out images that cannot be read.
+    them. Images: image_column, label_column; skip_bad: leave out images that cannot be read; without a source images
+    like the embedded teacher's own are drawn for it (self_tokens: patches).
     Diffusion: a folder of `linearize selfgen`, else what the teacher draws in `steps` steps (self_tokens: patches).
     """
 
@@ -391,6 +392,7 @@ class Plan(BaseModel):
         model = self.model.id or (f"a {self.model.form['model_type']} model" if self.model.form else "embedded teacher")
         settings = ", ".join(f"{k} {v}" for k, v in self.method.mixer.items())
         own = {"text": "self (the teacher writes it)", "diffusion": "self (the teacher draws it)"}
+        own |= {} if self.model.id else {"image": "to be named; for the embedded teacher it is drawn"}
         lines = [
             f"model     {model}, {self.model.dtype}",
             f"method    {self.method.name}{f' ({settings})' if settings else ''} on "

@@ -85,9 +85,8 @@ class Image(Task):
         painter, tower = Painter.beside(self.folder), Tower.of(self.config)
         if painter is None:
             raise InputError("data.source: name images to train on (--dataset); they need no labels")
-        data = self.plan.data
-        count = data.self_tokens // (math.prod(tower.grid(painter.size[1:])) + tower.prefix)
-        pixels = painter.draw(max(count, 1), self.plan.seed if data.self_seed is None else data.self_seed)
+        length = math.prod(tower.grid(painter.size[1:])) + tower.prefix
+        pixels = painter.draw(max(self.plan.data.self_tokens // length, 1), self.plan.seed)
         return Images(pixels, None, Processing.of(tower.channels, self.processor), tower, notes=(DRAWN,))
 
     def _images(self, source: str | Path, split: str | None, limit: int | None = None) -> Images:
