@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -54,7 +55,7 @@ def test_what_does_not_fit_is_refused(tokenizer):
         tasks.trial(tasks.TASKS["s-niah-3"], tokenizer, 40)
     with pytest.raises(InputError, match="--haystack"):
         tasks.trial(tasks.TASKS["needle"], tokenizer, 400)
-    with pytest.raises(InputError, match="1 to 256 pairs"):
+    with pytest.raises(InputError, match="1 to 254 pairs"):
         tasks.trial(tasks.TASKS["mqar"], tokenizer, 4000, pairs=300)
     with pytest.raises(InputError, match="s-niah-1"):
         suite.Settings(tasks=("s-niah1",))
@@ -143,6 +144,13 @@ def test_where_the_teacher_is_weak_nothing_is_claimed():
     assert found.knee("student") is None
     found.rows[0] = _run({4: 1.0}, asked=49, name="teacher")
     assert not found.counts("mqar", 256, 4)
+
+
+def test_result_files_are_read():
+    folder = Path(__file__).parent.parent / "recipes" / "recall"
+    for path in folder.glob("*.json"):
+        found = read(path, recall.Recall)
+        assert found.name == path.stem and found.rows[0].name == "teacher" and found.commit.dirty is False
 
 
 def test_an_encoder_is_not_asked(monkeypatch):

@@ -28,7 +28,7 @@ OUT = Path(__file__).resolve().parent / "recall"
 CONTEXT = 2048
 PAD, UNKNOWN = "<pad>", "<unk>"
 #: share of each task in training
-MIX = {"mqar": 0.35, "passkey": 0.35, "s-niah-1": 0.15, "s-niah-2": 0.1, "s-niah-3": 0.05}
+MIX = {"mqar": 0.6, "passkey": 0.2, "s-niah-1": 0.1, "s-niah-2": 0.07, "s-niah-3": 0.03}
 
 
 # ---------------------------------------------------------------------------------------- tokenizer
@@ -254,7 +254,7 @@ def train(args) -> None:
             spent, start, running, seen = spent + took, time.time(), [], 0
         if step % 20 == 0 or step == len(lengths):
             L = lengths[step - 1]
-            found = {"mqar": exact(model, tok, "mqar", L, 8, pairs=min(256, L // 8))}
+            found = {"mqar": exact(model, tok, "mqar", L, 8, pairs=min(250, L // 8))}
             found["passkey"] = exact(model, tok, "passkey", L, 32)
             print(f"step {step}  " + "  ".join(f"{k} {v:.3f}" for k, v in found.items()) + f" at {L}", flush=True)
             save()
@@ -295,7 +295,7 @@ def check(args) -> None:
     for key, attention in {"softmax": "sdpa", "window_64": "window64"}.items():
         model.set_attn_implementation(attention)
         rows = report["exact_match"][key] = {}
-        for name, pairs in [("passkey", None), *(("mqar", n) for n in (16, 64, 256)), *((n, None) for n in NIAH)]:
+        for name, pairs in [("passkey", None), *(("mqar", n) for n in (16, 64, 250)), *((n, None) for n in NIAH)]:
             for length in (256, 1024, CONTEXT) if key == "softmax" else (CONTEXT,):
                 if pairs and 4 * pairs > length:
                     continue
@@ -370,7 +370,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("tokenizer", parents=[common])
     p = commands.add_parser("train", parents=[common])
-    p.add_argument("--stages", default="256:30,1024:30,2048:20", help="length:steps, in turn")
+    p.add_argument("--stages", default="256:30,1024:30,2048:60,1024:50", help="length:steps, in turn")
     p.add_argument("--tokens", type=int, default=8192, help="per step")
     p.add_argument("--layers", type=int, default=2)
     p.add_argument("--heads", type=int, default=6)

@@ -33,8 +33,8 @@ _SYLLABLES = (
     "bor dan fin gul hem jik kos lum",
 )
 _FIRST, _SECOND, _LAST = (line.split() for line in _SYLLABLES)
-#: what MQAR pairs: names of two syllables, and values of a third kind
-KEYS = tuple(a + b for a in _FIRST for b in _SECOND)
+#: what MQAR pairs: names of two syllables that are no hexadecimal numbers, and values of a third kind
+KEYS = tuple(a + b for a in _FIRST for b in _SECOND if set(a + b) - set("abcdef"))
 VALUES = tuple(a + b for a in _SECOND for b in _LAST)
 
 Haystack = Literal["noise", "words", "text"]
