@@ -63,7 +63,16 @@ def commit() -> Commit:
     if top is None or Path(top).resolve() != _HERE.parent:
         return Commit(id=None, dirty=None, package=__version__)
     # Results and documents are written by runs: they do not make the code another one.
-    changes = _git("status", "--porcelain", "--", "linearize", "recipes", "pyproject.toml", ":!recipes/results")
+    changes = _git(
+        "status",
+        "--porcelain",
+        "--",
+        "linearize",
+        "recipes",
+        "pyproject.toml",
+        ":!recipes/results",
+        ":!recipes/recall",
+    )
     dirty = None if changes is None else bool(changes)
     return Commit(id=_git("rev-parse", "HEAD"), dirty=dirty, package=__version__)
 
