@@ -199,7 +199,8 @@ def layer(
 ) -> dict[str, dict[str, float]]:
     """Rows "METHOD T" for one attention layer between its projections, untrained mixers against SDPA, metrics as in
     LAYER_UNITS: q, k and v to the output, over the T patches of each grid (causal: over its T tokens in a row).
-    methods: name -> the mixer's settings. Runs of milliseconds are repeated up to 21 times. beside: what else the context of so many tokens holds."""
+    methods: name -> the mixer's settings. beside: what else the context of so many tokens holds. Runs of milliseconds
+    are repeated up to 21 times."""
     rows: dict[str, dict[str, float]] = {}
     generator, where = torch.Generator().manual_seed(0), torch.device(device)
     for name, settings in methods.items():
