@@ -30,7 +30,7 @@ from linearize.surgery.attach import Surgery, attach
 from linearize.surgery.plugin import named as _named
 from linearize.surgery.port import CHILD, PORT
 from linearize.surgery.select import find, parse_layers
-from linearize.types import InputError, Site
+from linearize.types import InputError, Site, Unsupported
 
 log = logging.getLogger("linearize")
 
@@ -108,13 +108,16 @@ def _other_flops(model: nn.Module, tokens: int) -> float:
 @dataclass
 class Handle:
     """A plug-in: all that one `apply` or `load` put into a pipeline. As a context manager it removes itself. lora: the
-    name of the one that came with it."""
+    name of the one that came with it. ropes: modules whose base is stretched by `ntk`, and the base they had.
+    """
 
     surgeries: dict[str, Surgery]
     method: str
     settings: MixerConfig
     skipped: dict[str, str] = field(default_factory=dict)
     lora: str | None = None
+    ropes: dict[Any, float] = field(default_factory=dict)
+    ntk: float | None = None
 
     @property
     def enabled(self) -> bool:
@@ -135,6 +138,11 @@ class Handle:
             surgery.switch(on)
             for layer in plugin.lora_layers(surgery.model, self.lora).values() if self.lora else ():
                 layer.set_scale(self.lora, 1.0 if on else 0.0)
+        self._stretch(on)
+
+    def _stretch(self, on: bool) -> None:
+        for rope, theta in self.ropes.items():
+            rope.theta = theta * self.ntk if on and self.ntk is not None else theta
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
@@ -152,6 +160,8 @@ class Handle:
             if self.lora and surgery.mixers:
                 plugin.eject_lora(surgery.model, self.lora)
             surgery.detach()
+        self._stretch(False)
+        self.ropes = {}
 
     def __enter__(self) -> Handle:
         return self
@@ -204,7 +214,7 @@ class Handle:
         empty (without `overwrite`) or an unknown LoRA, StorageError.
         """
         with atomic_folder(folder, overwrite) as part:
-            plugin.write(part, self.surgeries, self.method, self.settings, lora=lora or self.lora)
+            plugin.write(part, self.surgeries, self.method, self.settings, lora=lora or self.lora, ntk=self.ntk)
         return Path(folder)
 
 
@@ -223,14 +233,16 @@ def apply(
     *,
     layers: str = "all",
     probe: Callable[[nn.Module], Any] | bool = True,
+    ntk: float | None = None,
     **settings: Any,
 ) -> Handle:
     """Put `method` in the place of softmax in a pipeline's transformer(s) or UNet, or in one such model.
 
     settings: the method's own (`radius=8`). layers: "all", "0-11", "every:2", ... of the attentions that can be
-    replaced. probe: see `attach`. Idempotent: the same again returns the same. Raises InputError where other methods
-    hold these layers, naming the first, Unsupported where a model or method cannot be converted; the models are then as
-    they were.
+    replaced. probe: see `attach`. ntk: for images larger than those of training, the base of RoPE times this (CLEAR,
+    2412.16112, has 10 at four times the side, with `proportional=4608` for FLUX). Idempotent: the same again returns
+    the same. Raises InputError where other methods hold these layers, naming the first, Unsupported where a model or
+    method cannot be converted; the models are then as they were.
     """
     config = mixers.configure(method, settings)
     chosen: dict[str, list[Site]] = {}
@@ -242,7 +254,10 @@ def apply(
         skipped |= {_named(part, name): why for name, why in _skipped(model, sites, chosen[part]).items()}
     handles = [_standing(part, models[part], sites, method, config) for part, sites in chosen.items()]
     if all(handles):
+        if ntk is not None:
+            raise InputError("this plug-in is in its place already: remove() it first, then apply it with ntk")
         return Handle({part: s for part, s in zip(chosen, handles) if s is not None}, method, config, skipped)
+    ropes = {part: _rope(model) for part, model in models.items()} if ntk is not None else {}
     done: dict[str, Surgery] = {}
     try:
         for part, sites in chosen.items():
@@ -251,7 +266,17 @@ def apply(
         for surgery in done.values():
             surgery.detach()
         raise
-    return Handle(done, method, config, skipped)
+    handle = Handle(done, method, config, skipped, ropes={rope: rope.theta for rope in ropes.values()}, ntk=ntk)
+    handle._stretch(True)
+    return handle
+
+
+def _rope(model: nn.Module) -> Any:
+    """The module that makes RoPE's angles from its `theta` at each forward. Raises Unsupported for other families."""
+    rope = getattr(model, "pos_embed", None)
+    if not isinstance(getattr(rope, "theta", None), int | float) or not hasattr(rope, "axes_dim"):
+        raise Unsupported(f"{type(model).__name__} computes no RoPE from a base of its own: leave ntk out")
+    return rope
 
 
 def _denoisers(pipe_or_model: Any) -> dict[str, nn.Module]:
@@ -347,7 +372,10 @@ def load(pipe_or_model: Any, folder: str | Path, *, revision: str | None = None)
                 plugin.eject_lora(surgery.model, lora)
             surgery.detach()
         raise
-    return Handle(done, said["method"], config, skipped, lora)
+    ropes = {rope: rope.theta for rope in map(_rope, models.values())} if said.get("ntk") else {}
+    handle = Handle(done, said["method"], config, skipped, lora, ropes, said.get("ntk"))
+    handle._stretch(True)
+    return handle
 
 
 def _inject(model: Any, name: str, settings: Mapping[str, Any]) -> None:

@@ -19,6 +19,7 @@ STORY = "Once upon a time there was a {} who liked to sing. One day it met a fri
 SMALL = ["--tokens", "1024"]
 ARGUMENTS = {
     "convert.py": SMALL,
+    "diffusion.py": ["--tokens", "4096", "--drawings", "16"],
     "encoder.py": ["bert", "sentences.txt", *SMALL],
     "own_data.py": ["stories.jsonl"],
     "sea_maps.py": [*SMALL, "--keys", "64"],
@@ -58,5 +59,7 @@ def test_example(name, tmp_path):
         assert "64 keys: perplexity" in done.stdout
         files = {path.name for path in (tmp_path / "sea" / "maps").iterdir()}
         assert files == {"maps.safetensors", *(f"layer-{n:02}.png" for n in range(5))}
+    if name == "diffusion.py":
+        assert "student" in done.stdout and "drawn by the student: (4, 1, 32, 32)" in done.stdout
     if name in ("encoder.py", "vit.py"):
         assert done.stdout.startswith("teacher") and "student" in done.stdout

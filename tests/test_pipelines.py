@@ -315,6 +315,57 @@ def test_ip_adapter_loads_and_unloads():
     assert torch.equal(run(model), before)
 
 
+def test_ip_adapter_of_sd3_loads_and_unloads():
+    """Its attention beside comes by a second call of SDPA with keys of its own, which is left to softmax."""
+    from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2_0
+
+    model, before, handle = plugged("sd3")
+    answer, left = run(model), {n: type(p) for n, p in model.attn_processors.items()}
+    own = dict(model.attn_processors)
+    made = {}
+    for name, processor in own.items():
+        attention = model.get_submodule(name.removesuffix(".processor"))
+        torch.manual_seed(1)
+        beside = SD3IPAdapterJointAttnProcessor2_0(
+            hidden_size=attention.inner_dim, ip_hidden_states_dim=12, head_dim=attention.inner_dim // attention.heads,
+            timesteps_emb_dim=8, scale=1.0,
+        )  # fmt: skip
+        made[name] = processor if "attn2" in name else beside
+    model.set_attn_processor(made)
+    inputs = small_inputs(model, (3, 5), 1)
+    more = {"ip_hidden_states": torch.randn(1, 4, 12), "temb": torch.randn(1, 8)}
+    with torch.no_grad():
+        seen = model(**inputs, joint_attention_kwargs=dict(more), return_dict=False)[0]
+    assert seen.isfinite().all() and not torch.allclose(seen, answer, atol=1e-4)
+    with handle.disabled(), torch.no_grad():
+        plain = model(**inputs, joint_attention_kwargs=dict(more), return_dict=False)[0]
+    assert not torch.allclose(plain, seen, atol=1e-4) and not torch.allclose(plain, before, atol=1e-4)
+    model.set_attn_processor(own)
+    assert torch.equal(run(model), answer) and {n: type(p) for n, p in model.attn_processors.items()} == left
+    handle.remove()
+    assert torch.equal(run(model), before)
+
+
+def test_ntk_stretches_rope_and_is_taken_back(tmp_path):
+    model = pico_diffusion("flux")
+    before, theta = run(model), model.pos_embed.theta
+    handle = pipelines.apply(model, "clear", radius=99, ntk=10)
+    stretched = run(model)
+    assert model.pos_embed.theta == 10 * theta and not torch.allclose(stretched, before, atol=1e-5)
+    with handle.disabled():
+        assert torch.equal(run(model), before)
+    assert torch.equal(run(model), stretched)
+    handle.save(tmp_path / "plug")
+    handle.remove()
+    assert torch.equal(run(model), before) and model.pos_embed.theta == theta
+    loaded = pipelines.load(model, tmp_path / "plug")
+    assert torch.equal(run(model), stretched)
+    loaded.remove()
+    assert model.pos_embed.theta == theta
+    with pytest.raises(Unsupported, match="no RoPE from a base of its own"):
+        pipelines.apply(pico_diffusion("sd3"), "clear", radius=2, ntk=10)
+
+
 @both
 def test_controlnet_residuals_arrive(family):
     model, _, _ = plugged(family)

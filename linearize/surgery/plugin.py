@@ -29,7 +29,7 @@ from linearize.types import InputError, StorageError, Unsupported
 
 log = logging.getLogger("linearize")
 
-#: of linearize_config.json in a plug-in's folder; a newer one is refused. 2: with LoRA; whole models.
+#: of linearize_config.json in a plug-in's folder; a newer one is refused. 2: with LoRA, NTK; whole models.
 FORMAT = 2
 CONFIG, WEIGHTS, WHOLE = "linearize_config.json", "plugin.safetensors", "model.safetensors"
 #: relative L2 distance of a base's answers on stored noise: the same weights in another precision, and anything else
@@ -112,9 +112,11 @@ def write(
     settings: MixerConfig,
     *,
     lora: str | None = None,
+    ntk: float | None = None,
     whole: bool = False,
 ) -> None:
-    """The files, into a folder that the caller makes appear whole. lora: the name of one to keep along. whole: all
+    """The files, into a folder that the caller makes appear whole. lora: the name of one to keep along; ntk: said
+    along. whole: all
     weights, LoRA merged into them. Raises InputError for what is no part of a plug-in."""
     from safetensors.torch import save
 
@@ -139,11 +141,12 @@ def write(
             components[part]["lora"] = lora_settings(model, lora)
             tensors |= {named(part, name): tensor for name, tensor in lora_tensors(model, lora).items()}
     said = {
-        "format": FORMAT if whole or lora else 1,
+        "format": FORMAT if whole or lora or ntk else 1,
         "version": linearize.__version__,
         "method": method,
         "mixer": settings.model_dump(mode="json"),
         **({"lora": lora} if lora else {}),
+        **({"ntk": ntk} if ntk else {}),
         "components": components,
     }
     kept = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
