@@ -1,6 +1,7 @@
 # make demo   convert the embedded teacher and show the table (about 4 minutes on two cores)
 # make test   the fast suite                make lint   ruff and pyright
 # make ci     everything a change must pass make setup  only the environment
+# make gpu    kernels tested and timed on the GPU here, result files with its name
 #
 # Each target makes its own environment in .venv, with the versions of constraints.txt. PYTHON=python3.12 chooses the
 # interpreter, VENV=path another place. Where no CUDA device is, the CPU build of torch is taken if pip is configured
@@ -20,7 +21,7 @@ WORKERS ?= 2
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup demo test lint ci overlay slow wheel clean
+.PHONY: setup demo test lint ci overlay slow kernels gpu wheel clean
 .DEFAULT_GOAL := test
 
 setup: $(STAMP)
@@ -55,6 +56,7 @@ ci: $(STAMP)
 	$(MAKE) lint
 	$(BIN)/linearize report --check
 	$(MAKE) overlay
+	$(MAKE) kernels
 	$(MAKE) slow
 	$(MAKE) wheel
 	$(MAKE) test
@@ -78,6 +80,16 @@ overlay: $(STAMP)
 # Exit code 5: none is marked slow, or the assets folder is absent.
 slow: $(STAMP)
 	HF_HUB_OFFLINE=1 $(PY) -m pytest -q -m slow -n $(WORKERS) --dist worksteal || [ $$? -eq 5 ]
+
+# GPU kernels compiled without a GPU: none may spill registers or take too much shared memory. A first run takes minutes.
+kernels: $(STAMP)
+	TRITON_CACHE_DIR=$(abspath $(CACHE))/triton $(PY) benchmarks/aot.py --check
+
+# Correctness in bfloat16 first; no time is taken of what is wrong.
+gpu: $(STAMP)
+	$(PY) -c "import torch; assert torch.cuda.is_available(), 'make gpu needs a CUDA device'"
+	$(PY) -m pytest -q -m '' tests/test_triton.py tests/test_mapped_linear.py
+	$(PY) benchmarks/ops.py --device cuda --dtype bfloat16 --flex --lengths 512,1024,2048,4096,8192,16384,32768,65536,131072
 
 # The wheel in an environment without this checkout: linearize comes from the wheel, all else from .venv.
 wheel: $(STAMP)

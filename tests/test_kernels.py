@@ -43,6 +43,7 @@ def test_a_wrong_answer_gets_no_time(monkeypatch, backward):
 
 def test_who_is_slow_is_not_asked_for_more(monkeypatch):
     monkeypatch.setattr(kernels, "PATIENCE", 0.0)
+    monkeypatch.setattr(kernels, "SLOW", 0.0)
     table = kernels.compare([32, 64], **SMALL)
     assert all(row.endswith(" 32") for row in table.rows) and any("not asked for more" in n for n in table.notes)
 

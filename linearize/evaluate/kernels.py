@@ -25,6 +25,8 @@ from linearize.ops.mapped_linear import features, mapped_linear
 from linearize.ops.mapped_linear.reference import mapped_linear_reference
 
 PATIENCE = 30.0
+#: seconds of a run from which two of them are enough, the first included
+SLOW = 3.0
 #: bytes that a contestant may need beside its inputs
 ROOM = 4e9
 #: root mean square of the error over that of the answer, at most
@@ -290,15 +292,14 @@ def compare(
         times: dict[str, list[float]] = {name: [] for name in ("gemm", *runs)}
         for turn in range(repeats + 1):  # the first is a warm-up
             for name, run in [("gemm", gemm), *runs.items()]:
-                if turn > 1 and name in gone:
+                if name in gone or (name != "gemm" and len(times[name]) > 1 and times[name][0] > SLOW):
                     continue
                 taken = _timed(run, device, 5 if name == "gemm" else 1)
-                if taken > PATIENCE and name not in gone:
+                if turn or taken > SLOW:
+                    times[name].append(taken)
+                if taken > PATIENCE and name != "gemm":
                     gone.add(name)
                     table.notes.append(f"{word} {name}: {taken:.0f} s at {length} tokens, not asked for more")
-                    times[name].append(taken)
-                elif turn:
-                    times[name].append(taken)
         floor = floor_flops(length, heads, dim) * (3 if backward else 1) / (2.0 * GEMM**3)
         for c in field_:
             if c.name not in runs:

@@ -20,11 +20,13 @@ _said: set[tuple[str, ...]] = set()
 
 @dataclass(frozen=True)
 class Implementation:
-    """One way to compute an op. refuses(*args, **kwargs) returns the reason it cannot take a call, or None."""
+    """One way to compute an op. refuses(*args, **kwargs) returns the reason it cannot take a call, or None. device: the
+    type of device that "auto" takes it for (None: any)."""
 
     name: str
     run: Callable[..., Any]
     refuses: Callable[..., str | None] = lambda *args, **kwargs: None
+    device: str | None = None
 
 
 def choose(op: str, implementations: Sequence[Implementation], impl: str, *args: Any, **kwargs: Any) -> Implementation:
@@ -37,7 +39,11 @@ def choose(op: str, implementations: Sequence[Implementation], impl: str, *args:
                 return candidate
         raise InputError(f"{op}: unknown impl {impl!r}; {nearest(impl, [i.name for i in implementations])}")
     for candidate in implementations:
-        reason = candidate.refuses(*args, **kwargs)
+        here = next(a.device.type for a in args if isinstance(a, torch.Tensor))
+        if candidate.device not in (None, here):
+            reason = f"it is for {candidate.device}, the tensors are on {here}"
+        else:
+            reason = candidate.refuses(*args, **kwargs)
         _say(op, candidate.name, reason)
         if reason is None:
             return candidate
@@ -54,3 +60,24 @@ def _say(op: str, name: str, reason: str | None) -> None:
     if key not in _said and not torch.compiler.is_compiling():  # a graph holds no logging
         _said.add(key)
         log.info("%s: %s", op, f"{name} refused: {reason}" if reason else f"using {name}")
+
+
+def kernels_refuse(q: torch.Tensor, *sizes: int, largest: int = 128) -> str | None:
+    """Why Triton kernels cannot take tensors like q whose heads have these sizes, or None."""
+    import importlib.util
+    import os
+
+    if torch.compiler.is_exporting():
+        return "kernels are not exported"
+    if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"kernels take 16 and 32-bit floats, not {str(q.dtype).removeprefix('torch.')}"
+    if max(sizes) > largest:
+        return f"kernels take head sizes up to {largest}, not {max(sizes)}"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if not q.is_cuda and not interpreted:
+        return f"kernels run on GPUs, and the tensors are on {q.device.type} (for tests: TRITON_INTERPRET=1)"
+    if interpreted and q.dtype == torch.bfloat16:
+        return "Triton's interpreter computes bfloat16 wrongly: take float16 or float32"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: pip install triton"
+    return None

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor, is_grad_enabled
 from torch.compiler import is_exporting
 
-from linearize.ops._dispatch import Implementation, choose, compute_dtype
+from linearize.ops._dispatch import Implementation, choose, compute_dtype, kernels_refuse
 from linearize.ops.linear import linear
 from linearize.ops.mapped_linear.backward import mapped_linear_torch
 from linearize.ops.mapped_linear.reference import features, mapped_linear_reference
@@ -31,8 +31,31 @@ def _torch(*inputs, **settings):
         return _composed(*inputs, **settings)
     if q.shape[2] == 1 and segments is None:
         return step(q, k, v, (w_q, w_k), (b_q, b_k), valid, state, **settings)
-    keep = is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    return mapped_linear_torch(*inputs, *settings.values(), keep)[:3]
+    return mapped_linear_torch(*inputs, *settings.values(), _trains(inputs))[:3]
+
+
+def _trains(inputs) -> bool:
+    return is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+
+
+def _triton(*inputs, **settings):
+    from linearize.ops.mapped_linear.triton import mapped_linear_triton, step_triton
+
+    q, k, v, w_q, w_k, b_q, b_k, valid, segments, state = inputs
+    if q.shape[2] == 1 and segments is None and not _trains(inputs):
+        return step_triton(q, k, v, (w_q, w_k), (b_q, b_k), valid, state, **settings)
+    return mapped_linear_triton(*inputs, *settings.values(), _trains(inputs))[:3]
+
+
+def _triton_refuses(q, k, v, w_q, *rest) -> str | None:
+    sizes = (q.shape[-1], v.shape[-1], *(() if w_q is None else (w_q.shape[-1],)))
+    reason = kernels_refuse(q, *sizes)
+    if reason is None and q.is_cuda and max(sizes) > 64:
+        from linearize.ops.mapped_linear.triton import roomy
+
+        if not roomy(q.device):
+            return f"head sizes above 64 need a device with more shared memory, and these are {max(sizes)}"
+    return reason
 
 
 def _composed(q, k, v, w_q, w_k, b_q, b_k, valid, segments, state, *, name, key_heads, eps):
@@ -46,7 +69,11 @@ def _composed(q, k, v, w_q, w_k, b_q, b_k, valid, segments, state, *, name, key_
     return (out.numerator / (out.normaliser + eps)[..., None]).to(q.dtype), out.normaliser, out.state
 
 
-IMPLEMENTATIONS = (Implementation("torch", _torch), Implementation("reference", mapped_linear_reference))
+IMPLEMENTATIONS = (
+    Implementation("triton", _triton, _triton_refuses, device="cuda"),
+    Implementation("torch", _torch),
+    Implementation("reference", mapped_linear_reference),
+)
 
 
 def mapped_linear(

@@ -42,6 +42,6 @@ def mapped_linear_reference(
     each = H // key_heads
     v, state = v_BGTV.repeat_interleave(H // G, 1), state_BJFV1
     if state is not None:
-        state = state.repeat_interleave(each, 1)
+        state = state.to(high).repeat_interleave(each, 1)
     out, state = linear_reference(phi_q, phi_k.repeat_interleave(each, 1), v, state, segments_BT)
     return (out[..., :-1] / (out[..., -1:] + eps)).to(dtype), out[..., -1], state[:, ::each]
