@@ -119,6 +119,21 @@ class Drawn:
 
 
 @dataclass(frozen=True)
+class Layered:
+    """A converted model layer by layer (evaluate.layers.Layer)."""
+
+    layers: list[Any]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"layers": [asdict(layer) for layer in self.layers]}
+
+    def render(self) -> Any:
+        from linearize.report import layers, tables
+
+        return tables.render(layers.table(self.layers), "rich")
+
+
+@dataclass(frozen=True)
 class Recalled:
     """What a converted model finds again in long texts, and the files that say so."""
 

@@ -24,7 +24,7 @@ from linearize.resolve import choose, fitting, resolve
 if TYPE_CHECKING:
     from torch import nn
 
-    from linearize.answers import Recalled
+    from linearize.answers import Layered, Recalled
     from linearize.conversion import Converted
 
 LISTS = ("methods", "families", "recipes", "embedded")
@@ -241,6 +241,18 @@ def evaluate(
     )
     table = exam.rows(scores, plan.seed)
     return Evaluated(table, exam.words, verdict.judge(table, plan.gate.model_dump()), plan.task)
+
+
+def layers(model: str | Path, *, limit: int | None = None, data: str | None = None, **options: Any) -> Layered:
+    """A converted folder layer by layer: errors, attention, and what each layer and group costs alone.
+
+    data: a source of texts (None: what the folder was measured on). options: those of measuring.reopen. Raises
+    InputError, Unsupported, StorageError.
+    """
+    from linearize.answers import Layered
+    from linearize.measuring import compare_layers
+
+    return Layered(compare_layers(model, {"source": data, "limit": limit}, **options))
 
 
 def recall(model: str | Path, **options: Any) -> Recalled:

@@ -179,7 +179,7 @@ def evaluate(
     length: Annotated[int | None, typer.Option("--length", min=2, help="Positions of each document.")] = None,
     teacher: Annotated[str | None, typer.Option("--teacher", help="What it was converted from, if moved.")] = None,
     adjust: Adjust = None,
-    suite: Annotated[str | None, typer.Option("--suite", help="recall: does it find again what a text held?")] = None,
+    suite: Annotated[str | None, typer.Option("--suite", help="recall: what a text held; layers, one by one.")] = None,
     tasks: Annotated[str | None, typer.Option("--tasks", help="Of the suite: passkey,s-niah-1,needle,mqar,...")] = None,
     lengths: Annotated[str | None, typer.Option("--lengths", help="Of the suite: tokens, 1024,2048,4096.")] = None,
     depths: Annotated[int | None, typer.Option("--depths", min=1, help="Of the suite: places of the needle.")] = None,
@@ -194,6 +194,21 @@ def evaluate(
     json: Json = False,
 ) -> None:
     """Measure a converted model against its teacher, its window and its own branches."""
+    if suite == "layers":
+        _show(
+            api.layers(
+                model,
+                data=dataset,
+                limit=limit,
+                teacher=teacher,
+                adjust=adjust or (),
+                device=device,
+                seed=seed,
+                trust_remote_code=trust_remote_code,
+            ),
+            json,
+        )
+        return
     if suite is not None:
         asked: Any = {"tasks": tasks, "lengths": lengths, "depths": depths, "trials": trials, "pairs": mqar_pairs}
         more: Any = {"haystack": haystack, "allow_longer": allow_longer, "output_dir": output_dir, "teacher": teacher}

@@ -16,6 +16,7 @@ from torch import nn
 from linearize import models, recipe, tasks
 from linearize.evaluate import quality
 from linearize.evaluate.diagnostics import dense_maps
+from linearize.evaluate.layers import Layer, layers
 from linearize.plan import FinetunePlan, Plan
 from linearize.report import maps, schema
 from linearize.stages.base import Job
@@ -25,7 +26,7 @@ from linearize.surgery.attach import Surgery
 from linearize.surgery.twin import twin
 from linearize.tasks import Exam, Task
 from linearize.tasks.base import Variant
-from linearize.types import InputError
+from linearize.types import InputError, Unsupported
 
 CURVED = 24  # examples that a curve is followed on
 
@@ -101,6 +102,16 @@ def reopen(
     base = models.load_model(teacher or plan.model.id, dtype=student.model.dtype, **options)
     task = tasks.of(plan.task)(plan, base.model, base.processor, models.home(base.model, base.source))
     return Reopened(plan, student, base, surgery, task)
+
+
+def compare_layers(model: Any, asked: Mapping[str, Any], *, tokens: int = 256, **options: Any) -> list[Layer]:
+    """Layer by layer, on the first `tokens` of the longest four documents measured on. Raises InputError, StorageError,
+    Unsupported."""
+    found = open_converted(model, asked, **options)
+    documents = getattr(found.exam, "documents", None)
+    if documents is None:
+        raise Unsupported(f"layers are compared in language models; this one is for {found.plan.task}")
+    return layers(found.surgery, [ids[:tokens] for ids in sorted(documents, key=len)[-4:]])
 
 
 def write_attention(

@@ -46,7 +46,7 @@ def recalled(
     Raises InputError, Unsupported, StorageError.
     """
     if suite != "recall":
-        raise InputError(f"--suite {suite}: there is one suite, recall")
+        raise InputError(f"--suite {suite}: there are recall and layers")
     settings = Settings.read(seed=seed, **asked)
     found = reopen(
         model, {}, teacher=teacher, adjust=adjust, device=device, seed=seed, trust_remote_code=trust_remote_code

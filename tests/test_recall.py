@@ -12,11 +12,16 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from linearize import api
+from linearize.evaluate.layers import effective_rank
 from linearize.evaluate.recall import suite, tasks
 from linearize.evaluate.recall.lessons import lessons
 from linearize.models import TEACHERS
-from linearize.report import recall
+from linearize.report import recall, tables
+from linearize.report.layers import table as layer_table
 from linearize.report.schema import read
+from linearize.surgery.attach import attach
+from linearize.testing.pico import pico
+from linearize.testing.tolerance import close
 from linearize.types import InputError, Unsupported
 
 TEXT = tasks.sentences("It was late. The rain, at last, had stopped! Who knew? Nobody did. " * 8)
@@ -121,10 +126,54 @@ def test_the_suite_of_a_converted_folder(converted, tmp_path):
     assert not any(found.counts(*place) for place in found.places())
     page = (tmp_path / "recall.html").read_text()
     assert "passkey: depth against length" in page and "data:image/png" in page and str(tmp_path) not in page
-    with pytest.raises(InputError, match="one suite"):
+    with pytest.raises(InputError, match="recall and layers"):
         api.recall(converted, suite="remember")
     left_out = api.recall(converted, tasks="passkey,needle", lengths="200", depths=1, trials=1, output_dir=tmp_path)
     assert left_out.recall.notes == ["needle left out: no --haystack"]
+
+
+def test_layers_one_by_one(converted):
+    found = api.layers(converted).layers
+    assert [layer.layer for layer in found] == [0, 1, 2, 3, 4]
+    for layer in found:
+        assert layer.error > 0 and layer.kl > 0 and len(layer.groups) == 6
+        assert layer.kl > max(layer.groups) * 0.2
+        teacher, student = layer.rank
+        assert 1 < teacher < 256 and 1 < student < 256
+    assert "worst group alone" in tables.render(layer_table(found), "markdown")
+
+
+def test_a_layer_alone_is_the_teacher_elsewhere():
+    model = pico("llama")
+    ids = torch.arange(40)[None] % 100
+    with torch.no_grad():
+        softmax = model(ids).logits
+        surgery = attach(model, None, "softmax", {})
+        names = [site.name for site in surgery.sites]
+        with surgery.alone(names[0]):
+            close(model(ids).logits, softmax, 1e-5)  # softmax by definition changes nothing
+        surgery.detach()
+        surgery = attach(model, None, "hedgehog", {"window": 0, "sinks": 0})
+        student = model(ids).logits
+        groups = surgery.sites[0].shape.kv_heads
+        with surgery.alone(names[0]):
+            one = model(ids).logits
+        with surgery.alone(names[0], tuple(range(groups))):
+            close(model(ids).logits, one, 1e-6)
+        with surgery.alone(names[0], (0,)):
+            part = model(ids).logits
+        with surgery.alone(names[0], ()):
+            close(model(ids).logits, softmax, 1e-5)
+        assert torch.equal(model(ids).logits, student)
+    assert (one - softmax).norm() > (part - softmax).norm() > 0
+    with pytest.raises(InputError, match="not converted"), surgery.alone("nothing"):
+        pass
+
+
+def test_effective_rank_of_what_is_known():
+    uniform = torch.full((1, 1, 8, 8), 1 / 8)
+    assert effective_rank(uniform).item() == pytest.approx(1)
+    assert effective_rank(torch.eye(8)[None, None]).item() == pytest.approx(8)
 
 
 def _run(shares, asked=60, name="student"):

@@ -67,7 +67,7 @@ def diagnose(surgery: Surgery, documents: Sequence[Document]) -> Diagnostics:
     def look(site: Site, mixer: Mixer, q: Tensor, k: Tensor, v: Tensor, ctx: Context, out: Tensor) -> None:
         nonlocal width
         logits_BHTS = _logits(q, k, ctx)
-        weights = _both(site, mixer, q, k, v, ctx)
+        weights = both_weights(site, mixer, q, k, v, ctx)
         if weights is None:
             return
         sites[site.name] = site
@@ -79,7 +79,7 @@ def diagnose(surgery: Surgery, documents: Sequence[Document]) -> Diagnostics:
                 key = f"{side} {name}"
                 sums[key] = value if key not in sums else _plus(sums[key], value)
 
-    _watch(surgery, documents, look)
+    watched(surgery, documents, look)
     if not totals:
         raise InputError(f"method {surgery.method!r} has no attention weights to look at, or no document was given")
     order = [site.name for site in surgery.sites if site.name in totals]
@@ -120,13 +120,13 @@ def dense_maps(
 
     def look(site: Site, mixer: Mixer, q: Tensor, k: Tensor, v: Tensor, ctx: Context, out: Tensor) -> None:
         layer = numbers[site.name]
-        weights = _both(site, mixer, q, k, v, ctx) if layer in heads else None
+        weights = both_weights(site, mixer, q, k, v, ctx) if layer in heads else None
         if weights is not None:
             named = {**dict(zip(_SIDES, weights, strict=True)), **mixer.maps(q, k, v, ctx)}
             for head in heads[layer]:
                 found[layer, head] = {name: w[0, head].detach().float().cpu() for name, w in named.items()}
 
-    _watch(surgery, [document], look)
+    watched(surgery, [document], look)
     return found
 
 
@@ -138,14 +138,17 @@ def teacher_weights(site: Site, q_BHTK: Tensor, k_BGTK: Tensor, ctx: Context) ->
     return scores.masked_fill(~seen, torch.finfo(scores.dtype).min).softmax(-1).masked_fill(~seen, 0)
 
 
-def _watch(surgery: Surgery, documents: Sequence[Document], look: Any) -> None:
+def watched(surgery: Surgery, documents: Sequence[Document], look: Any) -> None:
+    """One forward of each document as the teacher, every site shown to `look`."""
     with surgery.watch(look), evaluating(surgery.model):
         for document in documents:
             batch = document if isinstance(document, dict) else {"input_ids": document[None]}
             surgery.model(**inputs(surgery.model, batch))
 
 
-def _both(site: Site, mixer: Mixer, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> tuple[Tensor, Tensor] | None:
+def both_weights(
+    site: Site, mixer: Mixer, q: Tensor, k: Tensor, v: Tensor, ctx: Context
+) -> tuple[Tensor, Tensor] | None:
     """Weights of teacher and student, or None where the mixer has none."""
     try:
         student = mixer.dense(q, k, v, ctx)

@@ -23,7 +23,7 @@ from linearize.surgery.probe import probe as check
 from linearize.surgery.probe import small_forward
 from linearize.surgery.renew import renew
 from linearize.surgery.select import BIAS, WINDOWED, find, original_class
-from linearize.types import InputError, Site, Unsupported
+from linearize.types import InputError, Site, Unsupported, nearest
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +87,27 @@ class Surgery:
                 _turn(port, mode)
             hooks.lora_on(layers)
             self._sync_masks()
+
+    @contextlib.contextmanager
+    def alone(self, name: str, groups: tuple[int, ...] | None = None) -> Iterator[None]:
+        """The teacher, but with the mixer at one site, or for some of its key/value groups: what that costs by itself.
+
+        Raises InputError for a site that is not converted, or groups of one whose projections started afresh.
+        """
+        if name not in self._modules:
+            raise InputError(f"{name} is not converted: {nearest(name, list(self._modules))}")
+        port: Port = self._modules[name].__dict__[PORT]
+        if groups is not None and port.renewed:
+            raise InputError(f"{name}: its projections started afresh, so that its groups are not the teacher's")
+        with self.teacher():
+            _turn(port, "student")
+            port.groups = groups
+            self._sync_masks()
+            try:
+                yield
+            finally:
+                port.groups = None
+                _turn(port, "teacher")
 
     @contextlib.contextmanager
     def watch(self, watcher: Watcher) -> Iterator[None]:

@@ -58,6 +58,7 @@ class Port:
     renewed: list[Renewed] = field(default_factory=list)  # projections that the student has of its own
     mode: str = "student"
     watcher: Watcher | None = None
+    groups: tuple[int, ...] | None = None  # key/value groups that the mixer answers for (None: all)
     grid: Grid | None = None  # of the tower around it, where its tokens are patches
     prefix: int | None = None  # tokens before the patches, as the probe found them
     rotates: bool = True
@@ -130,11 +131,18 @@ class Port:
         ctx = self._context(q_BHTK, k_BGTK, mask, kwargs.get("scaling", kwargs.get("scale")), mixer, teacher)
         if self.watcher is None:
             with _as_written(q_BHTK):
-                return mixer(q_BHTK, k_BGTK, v_BGTV, ctx)
+                out = mixer(q_BHTK, k_BGTK, v_BGTV, ctx)
+            return out if self.groups is None else self._in_groups(out, teacher())
         out = teacher()
         with _as_written(q_BHTK):
             self.watcher(self.site, mixer, q_BHTK, k_BGTK, v_BGTV, ctx, out)
         return out
+
+    def _in_groups(self, out_BHTV: Tensor, teacher_BHTV: Tensor) -> Tensor:
+        assert self.groups is not None
+        group_H = torch.arange(out_BHTV.shape[1], device=out_BHTV.device) // self.site.shape.group
+        ours_H = torch.isin(group_H, torch.tensor(self.groups, device=group_H.device))
+        return torch.where(ours_H[:, None, None], out_BHTV, teacher_BHTV)
 
     def _context(self, q_BHTK, k_BGTK, mask, scale, mixer: Mixer, teacher) -> Context:
         call, T = self.call, q_BHTK.shape[2]
