@@ -14,10 +14,13 @@ def table(layers: Sequence[Any]) -> tables.Table:
     def pair(both: tuple[float, float] | None) -> str:
         return tables.MISSING if both is None else " / ".join(tables.number(value) for value in both)
 
+    def worst(groups: list[float]) -> str:
+        return f"{max(groups):.4f} (group {groups.index(max(groups))})" if groups else tables.MISSING
+
     cells: list[list[tables.Cell]] = [
         [
             str(layer.layer), tables.number(layer.error, 3), tables.number(layer.kl, 4),
-            f"{max(layer.groups):.4f} (group {layer.groups.index(max(layer.groups))})" if layer.groups else tables.MISSING,
+            worst(layer.groups),
             *(pair(both) for both in (layer.entropy, layer.monotonicity, layer.reach, layer.rank)),
         ]
         for layer in layers
@@ -29,5 +32,5 @@ def table(layers: Sequence[Any]) -> tables.Table:
         "Teacher / student: entropy in nats, rank correlation of weights and logits, mean distance looked back in "
         "tokens, effective rank of the weights.",
     ]
-    worst = {layers.index(max(layers, key=lambda layer: layer.kl))} if layers else set()
-    return tables.Table("Layer by layer", columns, cells, strong=worst, notes=notes).without_empty()
+    dearest = {layers.index(max(layers, key=lambda layer: layer.kl))} if layers else set()
+    return tables.Table("Layer by layer", columns, cells, strong=dearest, notes=notes).without_empty()
