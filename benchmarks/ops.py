@@ -1,9 +1,9 @@
 """Causal Hedgehog attention with its map (8 heads of 64) against every peer, side by side in one run.
 
-    python benchmarks/ops.py [--lengths 256,512,...] [--dtype float32] [--device cpu] [--flex]
+    python benchmarks/ops.py [--what forward,both,decode] [--lengths 256,512,...] [--dtype float32] [--device cpu] [--flex]
 
-Forward, forward and backward, and one decoded token. Writes benchmarks/results/ops-DEVICE-DTYPE.json, and exits with 4
-where one of the bars below is missed. No time is given for a contestant whose answer is wrong.
+Forward, forward and backward, and one decoded token. Writes benchmarks/results/ops-DEVICE-DTYPE[-WHAT].json, and exits
+with 4 where one of the bars below is missed. No time is given for a contestant whose answer is wrong.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def judge(rows: dict[str, dict[str, float]], even: float | None) -> tuple[bool, 
             bar(row["floor"] <= FLOOR[word], f"{name}: {row['floor']:.3g} x the floor, at most {FLOOR[word]:g} wanted")
     predicted = break_even_tokens(mixers.build("hedgehog", SHAPE), SHAPE)
     if even is None or predicted is None:
-        lines.append(f"break-even: predicted {predicted}, not between the lengths measured")
+        lines.append(f"break-even: `linearize plan` says {predicted}, which is not between lengths measured here")
     else:
         ok = abs(even / predicted - 1) <= WITHIN
         bar(ok, f"break-even: {even:.0f} tokens, `linearize plan` says {predicted}, within {WITHIN:.0%} wanted")
@@ -60,27 +60,34 @@ def judge(rows: dict[str, dict[str, float]], even: float | None) -> tuple[bool, 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", default="256,512,1024,2048,8192,32768,65536")
+    parser.add_argument("--what", default="forward,both,decode")
+    parser.add_argument("--without", default="", help="contestants that stay out, by commas")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, help="of torch; none: its own choice")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--flex", action="store_true", help="flex_attention too, which compiles for each length")
-    parser.add_argument("--out", type=Path, help="none: benchmarks/results/ops-DEVICE-DTYPE.json")
+    parser.add_argument("--out", type=Path, help="none: benchmarks/results/ops-....json")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     dtype, lengths = getattr(torch, arguments.dtype), [int(n) for n in arguments.lengths.split(",")]
     given = {"heads": HEADS, "dim": DIM, "dtype": dtype, "device": arguments.device}
-    forward = kernels.compare(lengths, repeats=arguments.repeats, flex=arguments.flex, **given)
-    both = kernels.compare(lengths, backward=True, repeats=arguments.repeats, flex=arguments.flex, **given)
-    decode = kernels.decode([n for n in lengths if n >= 1024], **given)
-    rows = {**forward.rows, **both.rows, **decode.rows}
-    met, lines = judge(rows, kernels.crossing(forward))
+    what, without = arguments.what.split(","), arguments.without.split(",")
+    more = {"repeats": arguments.repeats, "flex": arguments.flex, "without": without, **given}
+    tables = []
+    for word in what:
+        if word == "decode":
+            tables.append(kernels.decode([n for n in lengths if n >= 1024], **given))
+        else:
+            tables.append(kernels.compare(lengths, backward=word == "both", **more))
+    rows = {name: row for table in tables for name, row in table.rows.items()}
+    met, lines = judge(rows, kernels.crossing(kernels.Table(rows)))
     if arguments.device != "cpu" or dtype != torch.float32:
         met = True  # the bars are those of a CPU in float32
     gathered = provenance.gather(device=arguments.device)
     place = Path(arguments.device).name if arguments.device == "cpu" else torch.cuda.get_device_name().replace(" ", "-")
-    name = f"ops-{place.lower()}-{arguments.dtype}"
+    name = "-".join(["ops", place.lower(), arguments.dtype, *(what if len(what) < 3 else [])])
     made = schema.Bench(
         **gathered,
         name=name,
@@ -88,7 +95,7 @@ def main() -> int:
         units=kernels.UNITS,
         rows=[schema.Measure(name=row, metrics=metrics) for row, metrics in rows.items()],
         headline=[row for row in rows if row.split()[1:-1] == ["mapped_linear"]],
-        notes=[*lines, *forward.notes, *both.notes, *decode.notes],
+        notes=[*lines, *(note for table in tables for note in table.notes)],
     )
     out = arguments.out or Path(__file__).parent / "results" / f"{name}.json"
     schema.write(made, out)

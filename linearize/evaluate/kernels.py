@@ -267,11 +267,12 @@ def compare(
     device: torch.device | str = "cpu",
     repeats: int = 5,
     flex: bool = False,
+    without: Sequence[str] = (),
 ) -> Table:
-    """Rows "forward NAME T", or "both NAME T" for forward and backward."""
+    """Rows "forward NAME T", or "both NAME T" for forward and backward. without: contestants that stay out."""
     device = torch.device(device)
     table, word = Table(), "both" if backward else "forward"
-    field_ = [c for c in contestants(device, flex) if c.backward or not backward]
+    field_ = [c for c in contestants(device, flex) if (c.backward or not backward) and c.name not in without]
     gone: set[str] = set()
     gemm = _gemm(dtype, device)
     for length in lengths:
