@@ -1,6 +1,6 @@
 """Causal Hedgehog attention with its map (8 heads of 64) against every peer, side by side in one run.
 
-    python benchmarks/ops.py [--what forward,both,decode] [--lengths 256,512,...] [--dtype float32] [--device cpu] [--flex]
+    python benchmarks/ops.py [--what forward,both,decode] [--lengths 256,512,...] [--dtype float32] [--device cpu]
 
 Forward, forward and backward, and one decoded token. Writes benchmarks/results/ops-DEVICE-DTYPE[-WHAT].json, and exits
 with 4 where one of the bars below is missed. No time is given for a contestant whose answer is wrong.

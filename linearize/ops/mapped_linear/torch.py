@@ -116,9 +116,15 @@ class Work:
         self.own_q, self.own_k = make(n * R, length, K, dtype=x.high), make(n, length, K, dtype=x.high)
         self.own_v, self.written = make(n, length, V), make(n, length, V)
         self.phi_q, self.phi_k = make(n * R, length, F), make(n, length, F)
-        self.u, self.halves = make(n * R, length, C, dtype=x.high), make(n * R, length, 2, C, dtype=x.high)
-        self.wide = make(n, R * length, F, dtype=x.high)
-        self.scores, self.out = make(n, R * length, length), make(n, R * length, V)
+        self.halves, self.out = make(n * R, length, 2, C, dtype=x.high), make(n, R * length, V)
+        if x.low == x.high:  # of what is not needed at the same time, one stands in the other's place: less to cache
+            both = make(n * R * length * max(C, length))
+            self.u = both[: n * R * length * C].view(n * R, length, C)
+            self.scores = both[: n * R * length**2].view(n, R * length, length)
+        else:
+            self.u, self.scores = make(n * R, length, C, dtype=x.high), make(n, R * length, length)
+        shared = x.low == x.high and F == 2 * C
+        self.wide = self.halves.view(n, R * length, F) if shared else make(n, R * length, F, dtype=x.high)
         self.update, self.low_kv = make(n, F, V), make(n, F, V)
         self.sum_k, self.mass = make(n, F, dtype=x.high), make(n, R * length, dtype=x.high)
         self.near_mass = make(n, R * length, dtype=x.high)
