@@ -87,11 +87,13 @@ class BackWork(Work):
         """d u of u = x W + b, [rows, chunk, C], from the features and their gradient."""
         if self.x.name != "split_softmax":
             return MAPS[self.x.name].back(phi, d_phi).to(self.x.high)
-        n, d_halves, halves = len(phi), self.halves[: len(phi)], phi.view(*phi.shape[:2], 2, -1)
+        views = self.q_views if phi is self.phi_q else self.k_views
+        n, (u, d_halves, *_) = len(phi), views
+        halves = phi.view(d_halves.shape)
         torch.mul(halves, d_phi.view_as(halves), out=d_halves)
         dot = torch.sum(d_halves, -1, keepdim=True, out=self.dot[:n])
         d_halves.addcmul_(halves.to(d_halves.dtype), dot, value=-1)
-        return torch.sub(d_halves[:, :, 0], d_halves[:, :, 1], out=self.u[:n])
+        return torch.sub(d_halves[:, :, 0], d_halves[:, :, 1], out=u)
 
     def through_map(self, phi, d_phi, x, weight, d_weight, d_bias) -> Tensor:
         """d x, with the map's own gradients added to their totals."""

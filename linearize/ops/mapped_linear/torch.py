@@ -138,11 +138,19 @@ class Work:
 
         self.w_q, self.w_k = each(x.weights[0], R), each(x.weights[1], 1)
         self.b_q, self.b_k = each(x.biases[0], R), each(x.biases[1], 1)
+        # Making a view costs as much as adding up a thousand numbers: those of every chunk are made once.
+        self.queries = self.phi_q.view(n, R * length, F)  # the query heads of a key head side by side
+        self.q_views, self.k_views = (self._views(rows) for rows in (n * R, n))
+        self.q, self.k, self.v = x.q[rows.batch, rows.heads], x.k[rows.batch, rows.groups], x.v[rows.batch, rows.groups]
+        if b == 1 and self.q.dtype == x.high:
+            self.q = self.q[0].flatten(0, 1)
+        if b == 1 and E == 1:
+            self.k = self.k[0, :, 0] if self.k.dtype == x.high else self.k
+            self.v = self.v[0, :, 0] if self.v.dtype == x.low else self.v
 
-    @property
-    def queries(self) -> Tensor:
-        """phi_q with the query heads of a key head side by side, [n, R * chunk, F]."""
-        return self.phi_q.view(self.n, -1, self.phi_q.shape[-1])
+    def _views(self, rows: int) -> tuple[Tensor, ...]:
+        halves = self.halves[:rows]
+        return self.u[:rows], halves, halves[:, :, 0], halves[:, :, 1], self.wide.view(-1, *self.phi_q.shape[1:])[:rows]
 
     def masks(self, part: slice) -> Masks:
         x, batch = self.x, self.rows.batch
@@ -160,18 +168,15 @@ class Work:
         return t.view(b, g * E, -1, self.length, *t.shape[2:])
 
     def queries_of(self, part: slice) -> Tensor:
-        x = self.x.q[self.rows.batch, self.rows.heads, :, part]
-        if len(x) == 1 and x.dtype == self.own_q.dtype:
-            return x[0].flatten(0, 1)
-        self.own_q.view(x.shape).copy_(x)
-        return self.own_q
+        """q of this chunk, [n * R, chunk, K]: where it stands, or a copy in the right type and order."""
+        return self._of(self.q, part, self.own_q)
 
     def keys_of(self, part: slice) -> Tensor:
-        return self._of(self.x.k, part, self.own_k)
+        return self._of(self.k, part, self.own_k)
 
     def values_of(self, part: slice, masks: Masks) -> tuple[Tensor, Tensor]:
         """v, and those of it that live on."""
-        v = self._of(self.x.v, part, self.own_v)
+        v = self._of(self.v, part, self.own_v)
         if masks.writes is None:
             return v, v
         b, g, E = self.outer
@@ -180,32 +185,31 @@ class Work:
         return v, self.written
 
     def _of(self, x: Tensor, part: slice, own: Tensor) -> Tensor:
-        x = x[self.rows.batch, self.rows.groups, :, part]
-        if len(x) == 1 and x.shape[2] == 1 and x.dtype == own.dtype:
-            return x[0, :, 0]
+        x = x.narrow(-2, part.start, self.length)
+        if x.ndim == 3:
+            return x
         own.view(x.shape).copy_(x)
         return own
 
     def map_queries(self, x: Tensor) -> None:
-        self._map(x, self.w_q, self.b_q, self.phi_q)
+        self._map(x, self.w_q, self.b_q, self.phi_q, *self.q_views)
 
     def map_keys(self, x: Tensor, part: slice, phi_k: Tensor) -> Tensor:
         """phi_k, 0 at padding."""
-        self._map(x, self.w_k, self.b_k, phi_k)
+        self._map(x, self.w_k, self.b_k, phi_k, *self.k_views)
         if self.x.valid_BT is not None:
             self.by_rows(phi_k).mul_(self.x.valid_BT[self.rows.batch, None, None, part, None])
         return phi_k
 
-    def _map(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, out: Tensor) -> None:
-        u = x if weight is None else torch.bmm(x, weight, out=self.u[: len(x)])
+    def _map(self, x, weight, bias, out: Tensor, u: Tensor, halves: Tensor, first, second, wide: Tensor) -> None:
+        u = x if weight is None else torch.bmm(x, weight, out=u)
         u = u if bias is None else u.add_(bias[:, None])
         if self.x.name != "split_softmax":
             out.copy_(MAPS[self.x.name].run(u))
             return
-        halves = self.halves[: len(x)]
-        halves[:, :, 0] = u
-        torch.neg(u, out=halves[:, :, 1])
-        soft = out if out.dtype == u.dtype else self.wide.view(-1, self.length, out.shape[-1])[: len(x)]
+        first.copy_(u)
+        torch.neg(u, out=second)
+        soft = out if out.dtype == u.dtype else wide
         torch.softmax(halves, -1, out=soft.view_as(halves))
         soft.clamp_(min=LEAST)
         if soft is not out:
@@ -281,6 +285,7 @@ def forward(x: Inputs, state_BJFV1: Tensor | None, eps: float, keep: bool) -> tu
     for rows in blocks(x):
         here, arena = (rows.batch, rows.heads), Arena(x.q)
         work, state = Work(x, rows, x.chunk, arena), apart(new[here])
+        outputs, masses = output[here], mass[here]
         for i, part in enumerate(parts):
             if part.stop - part.start != work.length:
                 work = Work(x, rows, part.stop - part.start, arena)
@@ -292,9 +297,9 @@ def forward(x: Inputs, state_BJFV1: Tensor | None, eps: float, keep: bool) -> tu
             v, written = work.values_of(part, masks)
             out, total = work.read(state, work.weigh(phi_k, masks), v, masks)
             work.advance(state, phi_k, written, masks)
-            at = (*here, slice(None), part)
-            mass[at] = work.by_rows(total)
-            torch.div(work.by_rows(out), work.by_rows(total.add_(eps))[..., None], out=output[at])
+            total = work.by_rows(total)
+            masses.narrow(3, part.start, work.length).copy_(total)
+            torch.div(work.by_rows(out), total.add_(eps)[..., None], out=outputs.narrow(3, part.start, work.length))
         joined(state, new[here])
         arena.done()
     return output, mass, new, kept
