@@ -22,6 +22,7 @@ ARGUMENTS = {
     "diffusion.py": ["--tokens", "4096", "--drawings", "16"],
     "encoder.py": ["bert", "sentences.txt", *SMALL],
     "own_data.py": ["stories.jsonl"],
+    "passkey.py": [*SMALL, "--trials", "3"],
     "sea_maps.py": [*SMALL, "--keys", "64"],
     "trainer.py": ["3"],
     "vit.py": ["images.npz", *SMALL],

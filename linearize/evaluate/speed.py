@@ -60,23 +60,27 @@ LAYER_UNITS = {
 Run = Callable[[], Any]
 
 
-def _seconds(run: Run, device: torch.device) -> float:
+def _seconds(run: Run, device: torch.device, clock: Callable[[], float] = time.perf_counter) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize()
-    start = time.perf_counter()
+    start = clock()
     run()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def pairs(
-    first: Callable[[], Run], second: Callable[[], Run], device: torch.device, repeats: int
+    first: Callable[[], Run],
+    second: Callable[[], Run],
+    device: torch.device,
+    repeats: int,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> list[tuple[float, float]]:
     """Seconds of (first, second), in turns, after one warm-up of each. Both are called to prepare a run, untimed."""
     first()()
     second()()
-    return [(_seconds(first(), device), _seconds(second(), device)) for _ in range(repeats)]
+    return [(_seconds(first(), device, clock), _seconds(second(), device, clock)) for _ in range(repeats)]
 
 
 def peak_bytes(run: Run, device: torch.device) -> int:
@@ -196,11 +200,12 @@ def layer(
     repeats: int = 5,
     device: str = "cpu",
     beside: Callable[[int], dict[str, Any]] = lambda tokens: {},
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, dict[str, float]]:
     """Rows "METHOD T" for one attention layer between its projections, untrained mixers against SDPA, metrics as in
     LAYER_UNITS: q, k and v to the output, over the T patches of each grid (causal: over its T tokens in a row).
     methods: name -> the mixer's settings. beside: what else the context of so many tokens holds. Runs of milliseconds
-    are repeated up to 21 times."""
+    are repeated up to 21 times. clock: time.process_time for a machine that others use as well."""
     rows: dict[str, dict[str, float]] = {}
     generator, where = torch.Generator().manual_seed(0), torch.device(device)
     for name, settings in methods.items():
@@ -224,9 +229,9 @@ def layer(
             def mixed(mixer=mixer, q=q_BHTK, k=k_BGTK, v=v_BGTV, ctx=ctx) -> Tensor:
                 return mixer(q, k, v, ctx)
 
-            timed = pairs(lambda r=softmax: r, lambda r=mixed: r, where, repeats)
+            timed = pairs(lambda r=softmax: r, lambda r=mixed: r, where, repeats, clock)
             more = min(21, int(1 / sum(timed[0]))) - len(timed)  # short runs are disturbed more easily
-            timed += pairs(lambda r=softmax: r, lambda r=mixed: r, where, more) if more > 0 else []
+            timed += pairs(lambda r=softmax: r, lambda r=mixed: r, where, more, clock) if more > 0 else []
             rows[f"{name} {tokens}"] = {
                 "softmax_seconds": statistics.median(t for t, _ in timed),
                 "mixer_seconds": statistics.median(s for _, s in timed),

@@ -30,7 +30,7 @@ from linearize.types import Context, Cost, SiteShape, State, StateSpec, Unsuppor
 #: the paper's divisor of logsigmoid, which keeps gates near 1
 _SLOW = 16
 #: tokens that are mapped, gated and summed at a time where no gradients are wanted
-_PIECE = 512
+_PIECE = 256
 HalfLife = Annotated[float, Field(gt=0)]
 
 
