@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -33,12 +33,13 @@ Teacher = Callable[[], AbstractContextManager[Any]]
 @dataclass(frozen=True)
 class Score:
     """One variant: drawn [N, ...] from the same noise; error_MS: of its answers on the teacher's own way, relative, by
-    drawing and step (None: the teacher's, and its floor). seconds: of one drawing, by number of steps."""
+    drawing and step (None: the teacher's, and its floor). seconds: of one drawing, by number of steps, and the teacher's
+    in turns with it (None: not timed)."""
 
     name: str
     drawn: Tensor
     error_MS: Tensor | None = None
-    seconds: dict[int, float] = field(default_factory=dict)
+    seconds: dict[int, tuple[float, float]] = field(default_factory=dict)
 
 
 @dataclass
@@ -68,7 +69,7 @@ class Studio:
                 subject = chosen(model, other)
                 if TEACHER not in self.known:
                     drawn = self._draw(subject, self.seeds, advance)
-                    self.known[TEACHER] = Score(TEACHER, drawn, None, self._timed(subject))
+                    self.known[TEACHER] = Score(TEACHER, drawn)
                 if FLOOR not in self.known:
                     others = torch.tensor([seed_of(int(seed), 1) for seed in self.seeds])
                     self.known[FLOOR] = Score(FLOOR, self._draw(subject, others, advance))
@@ -78,10 +79,14 @@ class Studio:
                 with enter() as other:
                     subject = chosen(model, other)
                     drawn = self._draw(subject, self.seeds, advance)
-                    seconds = self._timed(subject) if name == STUDENT else {}
-                    self.known[name] = Score(name, drawn, self._error(subject), seconds)
+                    self.known[name] = Score(name, drawn, self._error(subject))
                 if not drawn.isfinite().all():
                     raise GateError(f"row {name!r}: drawings are not finite; look for NaN or inf in the weights")
+            if STUDENT in self.known and not self.known[STUDENT].seconds:
+                enter = dict(variants).get(STUDENT)
+                if enter is not None:
+                    seconds = self._timed(model, enter, teacher)
+                    self.known[STUDENT] = replace(self.known[STUDENT], seconds=seconds)
         return [self.known[name] for name in (TEACHER, FLOOR, *(name for name, _ in variants))]
 
     def _conditions(self, rows: slice) -> dict[str, Tensor]:
@@ -123,17 +128,19 @@ class Studio:
             found.append((own - known).square().flatten(1).sum(1) / known.square().flatten(1).sum(1))
         return torch.stack(found, 1).double().cpu()
 
-    def _timed(self, model: nn.Module) -> dict[int, float]:
-        """Seconds of one drawing, end to end, after one step to warm up."""
+    def _timed(self, model: nn.Module, student: Teacher, teacher: Teacher) -> dict[int, tuple[float, float]]:
+        """Seconds of one drawing, end to end, of both in turns, after one step each to warm up."""
         some = slice(0, 1)
-        noise = noise_of(self.seeds[some], self.data.clean.shape[1:])
-        denoise(model, self.scheduler, noise, self._conditions(some), 1)
-        found = {}
-        for steps in TIMED:
-            start = time.perf_counter()
-            denoise(model, self.scheduler, noise, self._conditions(some), steps)
-            found[steps] = time.perf_counter() - start
-        return found
+        noise, found = noise_of(self.seeds[some], self.data.clean.shape[1:]), {}
+        for steps in (1, *TIMED):
+            pair = []
+            for enter in (student, teacher):
+                with enter() as other:
+                    start = time.perf_counter()
+                    denoise(chosen(model, other), self.scheduler, noise, self._conditions(some), steps)
+                    pair.append(time.perf_counter() - start)
+            found[steps] = (pair[0], pair[1])
+        return {steps: found[steps] for steps in TIMED}
 
 
 # ---------------------------------------------------------------------------------------------------------- the figures

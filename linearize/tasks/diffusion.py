@@ -84,7 +84,9 @@ class Drawn(Exam):
             figures |= drawings.of_sets(score, scores[0], self.networks)
             if score.error_MS is not None and self.studio.way is not None:
                 figures["by_timestep"] = dict(zip(self.studio.way.times, score.error_MS.mean(0).tolist()))
-            figures["image_seconds"] = dict(score.seconds)
+            timed = scores if score.name == TEACHER else [score]  # the teacher was timed in turns with the student
+            pairs = {n: both for other in timed for n, both in other.seconds.items()}
+            figures["image_seconds"] = {n: both[int(score.name == TEACHER)] for n, both in pairs.items()}
             found.append(schema.Row(name=score.name, documents=len(score.drawn), intervals=spans, **figures))
         return found
 
@@ -93,7 +95,8 @@ class Drawn(Exam):
         return kept | {f"seconds.{n}": torch.tensor(value) for n, value in score.seconds.items()}
 
     def unpack(self, name: str, tensors: dict[str, Tensor]) -> drawings.Score:
-        seconds = {int(k.partition(".")[2]): float(v) for k, v in tensors.items() if k.startswith("seconds.")}
+        timed = {int(k.partition(".")[2]): v.tolist() for k, v in tensors.items() if k.startswith("seconds.")}
+        seconds = {n: (own, teachers) for n, (own, teachers) in timed.items()}
         score = drawings.Score(name, tensors["drawn"], tensors.get("error"), seconds)
         self.studio.known[name] = score
         return score
