@@ -33,8 +33,8 @@ Teacher = Callable[[], AbstractContextManager[Any]]
 @dataclass(frozen=True)
 class Score:
     """One variant: drawn [N, ...] from the same noise; error_MS: of its answers on the teacher's own way, relative, by
-    drawing and step (None: the teacher's, and its floor). seconds: of one drawing, by number of steps, and the teacher's
-    in turns with it (None: not timed)."""
+    drawing and step (None: the teacher's, and its floor). seconds: by number of steps, of one drawing and of the
+    teacher's in turns with it (of the student alone)."""
 
     name: str
     drawn: Tensor
