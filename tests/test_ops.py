@@ -100,6 +100,30 @@ def test_linear_padding_is_a_key_of_zeros():
         close(a, b)
 
 
+def _slices(tensor):
+    """Nodes of the backward graph that fill a tensor as long as what was sliced."""
+    seen, todo, count = set(), [tensor.grad_fn], 0
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            count += "Slice" in node.name()
+            todo += [following for following, _ in node.next_functions]
+    return count
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+def test_backward_does_not_slice_for_each_chunk(gated):
+    """That would make it quadratic in the length."""
+
+    def count(tokens):
+        q, k, v, g = (_normal(1, 1, tokens, 3, seed=s).exp().requires_grad_() for s in range(4))
+        out = gated_linear(q, k, v, -g, impl="torch") if gated else linear(q, k, v, impl="torch")
+        return _slices(out.numerator)
+
+    assert count(64 * 12) == count(64 * 3)
+
+
 # ---------------------------------------------------------------------------------------------------- bidirectional
 @pytest.mark.parametrize("tokens", [1, 2, 64, 70])
 @pytest.mark.parametrize("packed", [False, True], ids=["one", "packed"])

@@ -55,10 +55,10 @@ def gated_linear_torch(
 def _loop(q, k, v, g, state: Tensor, segments_BT: Tensor | None, chunk: int) -> tuple[Tensor, Tensor]:
     T, outs = k.shape[-2], []
     last_B1 = None if segments_BT is None else segments_BT[:, :1]
-    for start in range(0, T, chunk):
-        part = slice(start, min(start + chunk, T))
-        v_C = v[..., part, :]
-        parts = [x[..., part, :] for x in (q, k, g)]
+    # Split, not sliced: the gradient of a slice is as long as the sequence, and of as many slices quadratic.
+    pieces = zip(*(x.split(chunk, -2) for x in (q, k, g, v)), strict=True)
+    for start, (*parts, v_C) in zip(range(0, T, chunk), pieces, strict=True):
+        part = slice(start, start + v_C.shape[-2])
         weights, from_start, to_end = _mild_chunk(*parts) if mild(parts[-1]) else _chunk(*parts)
         carried = state
         if segments_BT is not None:
@@ -71,7 +71,7 @@ def _loop(q, k, v, g, state: Tensor, segments_BT: Tensor | None, chunk: int) -> 
             to_end = to_end * (seg_BC == now_B1).view(*shape, v_C.shape[-2], 1)
             carried, last_B1 = state * (now_B1 == last_B1).view(*shape, 1, 1), now_B1
         outs.append(weights @ v_C + from_start @ state)
-        state = _faded(carried, g[..., part, :]) + to_end.mT @ v_C
+        state = _faded(carried, parts[-1]) + to_end.mT @ v_C
     return torch.cat(outs, -2) if len(outs) > 1 else outs[0], state
 
 

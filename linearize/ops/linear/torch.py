@@ -31,9 +31,10 @@ def linear_torch(
         return q_BHTF @ state, state
     outs = []
     last_B1 = None if segments_BT is None else segments_BT[:, :1]
-    for start in range(0, T, chunk):
-        part = slice(start, min(start + chunk, T))
-        q, k, v = q_BHTF[:, :, part], k_BHTF[:, :, part], v_BHTV1[:, :, part]
+    # Split, not sliced: the gradient of a slice is as long as the sequence, and of as many slices quadratic.
+    pieces = zip(*(x.split(chunk, 2) for x in (q_BHTF, k_BHTF, v_BHTV1)), strict=True)
+    for start, (q, k, v) in zip(range(0, T, chunk), pieces, strict=True):
+        part = slice(start, start + q.shape[2])
         weights = (q @ k.mT).tril()
         if segments_BT is None:
             outs.append(weights @ v + q @ state)
