@@ -70,9 +70,10 @@ def figure() -> None:
     for name, found in runs:
         student = next(row for row in found.rows if row.name == "student")
         passkeys = [student.share("passkey", n * LENGTH) for n in (1, 8, 22)]
-        knee = found.knee("student", LENGTH)
-        cells.append([name, size(student.state_bytes), *map(percent, passkeys), str(knee or "none")])
-    columns = ["", "state", *(f"passkey at {n * LENGTH:,}" for n in (1, 8, 22)), f"MQAR knee at {LENGTH}"]
+        knees = [str(found.knee("student", LENGTH, share) or "none") for share in (0.9, 0.5)]
+        cells.append([name, size(student.state_bytes), *map(percent, passkeys), *knees])
+    passkeys = (f"passkey at {n * LENGTH:,}" for n in (1, 8, 22))
+    columns = ["", "state", *passkeys, "MQAR pairs held at 90 %", "at 50 %"]
     write_atomic(HERE / "recall" / "README.md", render(Table("", columns, cells), "markdown"))
 
 
