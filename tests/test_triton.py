@@ -79,7 +79,7 @@ def _agree(heads, tokens, name="split_softmax", dtype=torch.float32, packed=Fals
 
 
 def test_packed_documents_padding_a_state_and_shared_heads():
-    _agree((4, 2, 1), 37, packed=True)
+    _agree((2, 1, 1), 33, packed=True)
 
 
 def test_float16_from_nothing():
