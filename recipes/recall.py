@@ -18,7 +18,7 @@ from typing import Any
 from linearize import api, models
 from linearize.evaluate.recall.lessons import lessons
 from linearize.report import recall, schema
-from linearize.report.tables import Table, percent, render, size
+from linearize.report.tables import MISSING, Table, percent, render, size
 from linearize.storage import write_atomic
 
 HERE = Path(__file__).parent
@@ -70,7 +70,8 @@ def figure() -> None:
     for name, found in runs:
         student = next(row for row in found.rows if row.name == "student")
         passkeys = [student.share("passkey", n * LENGTH) for n in (1, 8, 22)]
-        knees = [str(found.knee("student", LENGTH, share) or "none") for share in (0.9, 0.5)]
+        asked = any(task == "mqar" for task, *_ in found.places())
+        knees = [str(found.knee("student", LENGTH, share) or "none") if asked else MISSING for share in (0.9, 0.5)]
         cells.append([name, size(student.state_bytes), *map(percent, passkeys), *knees])
     passkeys = (f"passkey at {n * LENGTH:,}" for n in (1, 8, 22))
     columns = ["", "state", *passkeys, "MQAR pairs held at 90 %", "at 50 %"]
