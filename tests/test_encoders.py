@@ -36,7 +36,7 @@ BIASED = {"t5", "beit", "data2vec-vision"}
 #: one module for all layers
 SHARED = {"albert"}
 CAUSAL = {"clip_text_model"}
-ROTARY = {"modernbert", "nomic_bert", "eurobert"}
+ROTARY = {"modernbert", "nomic_bert", "eurobert", "dinov3_vit"}
 #: their position embeddings are interpolated for other sizes than the configured one
 ANY_SIZE = {
     *("vit", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit", "clip_vision_model", "siglip_vision_model"),
@@ -433,6 +433,12 @@ def test_without_rope(family):
         assert not any(PORT in m.__dict__ or hasattr(m, CHILD) for m in model.modules()), "left half converted"
         return
     linearize.attach(model, None, "hedgehog", {"rope": "undo"})
+    if family in IMAGE_ENCODERS:  # patches of 4 x 4: the rows of patches turned upside down
+        with torch.no_grad():
+            here = model(pixels())[0][:, -16:]
+            there = model(pixels().unflatten(2, (4, 4)).flip(2).flatten(2, 3))[0][:, -16:]
+        torch.testing.assert_close(here.unflatten(1, (4, 4)).flip(1).flatten(1, 2), there, atol=1e-4, rtol=0)
+        return
     order = torch.randperm(12, generator=torch.Generator().manual_seed(5))
     with torch.no_grad():  # without rotation nothing is left that knows the order of the tokens
         here, there = model(tokens())[0], model(tokens()[:, order])[0]

@@ -13,9 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-GPU = torch.cuda.is_available()
-if not GPU:
-    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported anywhere
+GPU = torch.cuda.is_available()  # without one the kernels are interpreted: conftest.py
 pytest.importorskip("triton", reason="triton is not installed: pip install 'linearize[triton]'")
 
 from linearize.ops._maps import MAPS  # noqa: E402

@@ -38,8 +38,8 @@ def choose(op: str, implementations: Sequence[Implementation], impl: str, *args:
                     raise InputError(f"{op}: impl={impl!r} refuses this call: {reason}")
                 return candidate
         raise InputError(f"{op}: unknown impl {impl!r}; {nearest(impl, [i.name for i in implementations])}")
+    here = next((a.device.type for a in args if isinstance(a, torch.Tensor)), None)
     for candidate in implementations:
-        here = next(a.device.type for a in args if isinstance(a, torch.Tensor))
         if candidate.device not in (None, here):
             reason = f"it is for {candidate.device}, the tensors are on {here}"
         else:

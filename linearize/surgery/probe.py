@@ -4,6 +4,7 @@ planned for."""
 from __future__ import annotations
 
 import inspect
+import math
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -20,7 +21,8 @@ from linearize.types import InputError, Rotary, Unsupported
 
 
 def small_forward(model: nn.Module) -> Any:
-    """One blank image (two, where a forward takes many), or five tokens (for both sides of an encoder-decoder).
+    """One image (two, where a forward takes many), or five tokens (for both sides of an encoder-decoder). The image is a
+    ramp: of a blank one q and k may be zeros, which no rotation changes.
 
     Raises InputError for models that take other inputs."""
     config: Any = getattr(model, "config", None)
@@ -31,7 +33,7 @@ def small_forward(model: nn.Module) -> Any:
         size = config.image_size
         rows, columns = size if isinstance(size, (list, tuple)) else (size, size)
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
-        image = torch.zeros(1, config.num_channels, rows, columns, dtype=dtype, device=device)
+        image = _ramp(1, config.num_channels, rows, columns, dtype=dtype, device=device)
         if "noise" not in inspect.signature(model.forward).parameters:
             return model(pixel_values=image)
         patches = (rows // config.patch_size) * (columns // config.patch_size)
@@ -39,7 +41,7 @@ def small_forward(model: nn.Module) -> Any:
     if "grid_thw" in inspect.signature(model.forward).parameters:  # patches of images of any size, end to end
         side = 2 * config.spatial_merge_size
         weights = next(m.weight for m in model.modules() if isinstance(m, nn.Conv3d))
-        patches = weights.new_zeros(2 * side**2, weights[0].numel())
+        patches = _ramp(2 * side**2, weights[0].numel(), dtype=weights.dtype, device=weights.device)
         return model(patches, grid_thw=torch.tensor([[1, side, side]] * 2, device=device))
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     if not hasattr(text, "vocab_size"):
@@ -49,6 +51,10 @@ def small_forward(model: nn.Module) -> Any:
     if "decoder_input_ids" in inspect.signature(model.forward).parameters:
         more["decoder_input_ids"] = ids
     return model(input_ids=ids, **more)
+
+
+def _ramp(*sizes: int, **kind: Any) -> Tensor:
+    return torch.linspace(-1, 1, math.prod(sizes), **kind).view(sizes)
 
 
 def probe(model: nn.Module, ports: Sequence[Port], run: Callable[[nn.Module], Any]) -> None:
