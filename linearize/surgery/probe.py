@@ -21,8 +21,8 @@ from linearize.types import InputError, Rotary, Unsupported
 
 
 def small_forward(model: nn.Module) -> Any:
-    """One image (two, where a forward takes many), or five tokens (for both sides of an encoder-decoder). The image is a
-    ramp: of a blank one q and k may be zeros, which no rotation changes.
+    """One image (two, where a forward takes many), or five tokens (for both sides of an encoder-decoder). The image is
+    a ramp: of a blank one q and k may be zeros, which no rotation changes.
 
     Raises InputError for models that take other inputs."""
     config: Any = getattr(model, "config", None)
