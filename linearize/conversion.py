@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from linearize import models, tasks
@@ -120,6 +121,8 @@ def run(
     original = fingerprint(model)
     task = tasks.of(plan.task)(plan, model, processor, models.home(model, origin))
     with _tidy(work):
+        with torch.random.fork_rng(devices=[]):  # a method that does not fit is refused before data are made for it
+            attach(model, chosen, plan.method.name, plan.mixer()).detach()
         with processes.in_turn():
             train_data, valid = task.read(data, work.folder, say), None
             if task.held_out:

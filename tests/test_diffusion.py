@@ -361,3 +361,10 @@ def test_what_cannot_be_drawn_says_so(tmp_path):
     data = Latents(torch.zeros(2, 3, 8, 8), {}, {}, torch.arange(2), 16, {})
     with pytest.raises(InputError, match="3 channels, the model takes 1"):
         data.check(dit().config)
+
+
+def test_a_method_that_does_not_fit_is_refused_before_the_teacher_draws(monkeypatch, tmp_path):
+    monkeypatch.setattr(drawing, "draw_classes", lambda *args, **more: pytest.fail("it drew"))
+    with pytest.raises(Unsupported, match="rope"):
+        api.convert(method="lawcat", task="diffusion", output_dir=tmp_path / "out")
+    assert not any(tmp_path.iterdir())
