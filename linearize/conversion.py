@@ -26,6 +26,7 @@ from linearize.data.examples import Examples
 from linearize.data.selfgen import fingerprint
 from linearize.evaluate import quality
 from linearize.measuring import Measure, Work, rivals
+from linearize.ops import _dispatch as dispatch
 from linearize.plan import FinetunePlan, Plan, TransferPlan
 from linearize.report import card, html, provenance, schema, verdict
 from linearize.resolve import choose, fitting
@@ -93,7 +94,7 @@ def run(
 ) -> Converted:
     """Carry out a resolved plan. Raises InputError, Unsupported, GateError, StorageError; whatever happens, the output
     folder is there whole or not at all, and the work folder holds the last good checkpoint."""
-    plan = resolved.plan
+    plan, calls = resolved.plan, dispatch.calls.copy()
     target = None if plan.output.folder is None else Path(plan.output.folder)
     processes = Processes(device)
     work = Work(None)
@@ -162,6 +163,7 @@ def run(
         *((name, lambda twin=twin: nullcontext(twin)) for name, twin in others.items()),
     )
     report = _report(resolved, job, task, sites, left, measure, reports, command)
+    report.implementations = dispatch.used(calls)
     if target is not None and processes.first:
         say(f"writing {target}")
         _write(target, work, job, task, report, exam if valid is not None else None)

@@ -92,6 +92,7 @@ def test_the_folder_holds_what_is_promised(converted):
     } <= names  # fmt: skip
     assert not work_folder(converted).exists()
     report = json.loads((converted / "report.json").read_text())
+    assert report["implementations"]["mapped_linear"] == ["torch"]
     rows = {row["name"] for row in report["rows"]}
     assert rows >= {
         "teacher", "swapped", "after transfer", "student", "zero-token window", "window-only student", "window_off",

@@ -11,7 +11,7 @@ from linearize.ops import gated_linear as gated_op
 from linearize.ops import linear as linear_op
 from linearize.ops import local2d as local2d_op
 from linearize.ops import window as window_op
-from linearize.ops._dispatch import Implementation, choose
+from linearize.ops._dispatch import Implementation, calls, choose, used
 from linearize.ops.bidirectional import Circle, bidirectional, in_pieces
 from linearize.ops.gated_linear import gated_bidirectional, gated_linear, gated_weights
 from linearize.ops.gated_linear.torch import mild
@@ -439,6 +439,9 @@ def test_a_named_implementation_never_falls_back():
     assert choose("op", [picky, plain], "auto") is plain
     with pytest.raises(InputError, match="op: impl='picky' refuses this call: it is Tuesday"):
         choose("op", [picky, plain], "picky")
+    before = calls.copy()
+    choose("op", [picky, plain], "plain")
+    assert used(before) == {"op": ["plain"]}
     with pytest.raises(InputError, match="did you mean 'plain'"):
         choose("op", [picky, plain], "plane")
     with pytest.raises(InputError, match="no implementation takes this call"):

@@ -6,6 +6,7 @@ A named implementation never falls back. "auto" takes the first one that does no
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,8 @@ from linearize.types import InputError, nearest
 
 log = logging.getLogger("linearize.ops")
 _said: set[tuple[str, ...]] = set()
+#: calls by (op, implementation), of this process
+calls: Counter[tuple[str, str]] = Counter()
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ def choose(op: str, implementations: Sequence[Implementation], impl: str, *args:
             if candidate.name == impl:
                 if reason := candidate.refuses(*args, **kwargs):
                     raise InputError(f"{op}: impl={impl!r} refuses this call: {reason}")
-                return candidate
+                return _counted(op, candidate)
         raise InputError(f"{op}: unknown impl {impl!r}; {nearest(impl, [i.name for i in implementations])}")
     here = next((a.device.type for a in args if isinstance(a, torch.Tensor)), None)
     for candidate in implementations:
@@ -46,8 +49,22 @@ def choose(op: str, implementations: Sequence[Implementation], impl: str, *args:
             reason = candidate.refuses(*args, **kwargs)
         _say(op, candidate.name, reason)
         if reason is None:
-            return candidate
+            return _counted(op, candidate)
     raise InputError(f"{op}: no implementation takes this call")
+
+
+def used(before: Counter[tuple[str, str]]) -> dict[str, list[str]]:
+    """By op, the implementations called since `before`, a copy of `calls`."""
+    found: dict[str, list[str]] = {}
+    for op, name in sorted(calls - before):
+        found.setdefault(op, []).append(name)
+    return found
+
+
+def _counted(op: str, chosen: Implementation) -> Implementation:
+    if not torch.compiler.is_compiling():
+        calls[op, chosen.name] += 1
+    return chosen
 
 
 def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:

@@ -257,6 +257,7 @@ class Run(Provenance):
     task: what the model is for, of "text", "sentences", "image", "diffusion".
     recipe: the recipe's name, e.g. "hedgehog/stories15M". seeds: one per run averaged into the rows. evaluation: the
     text measured on, in words. state: by number of tokens. break_even: tokens from which the state is the smaller.
+    implementations: by op, which were called.
     """
 
     model: Model
@@ -274,6 +275,7 @@ class Run(Provenance):
     generation: Generation | None = None
     curves: dict[str, Curve] = {}
     verdict: Verdict
+    implementations: dict[str, list[str]] = {}
     notes: list[str] = []
 
     def row(self, name: str) -> Row | None:

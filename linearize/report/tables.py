@@ -291,7 +291,9 @@ def stages_table(run: Run) -> Table:
         ]
         for stage in run.stages
     ]  # fmt: skip
-    return Table("Stages", ["", "tokens", "steps", "time", "tokens/s", "first loss", "last loss"], cells)
+    ran = [f"{op} by {', '.join(names)}" for op, names in run.implementations.items()]
+    notes = [f"Attention ran as {'; '.join(ran)}."] if ran else []
+    return Table("Stages", ["", "tokens", "steps", "time", "tokens/s", "first loss", "last loss"], cells, notes=notes)
 
 
 def results_table(results: Sequence[tuple[str, Result]], link: Callable[[str], str]) -> Table:
