@@ -2,8 +2,9 @@
 
     python benchmarks/ops.py [--what forward,both,decode] [--lengths 256,512,...] [--dtype float32] [--device cpu]
 
-Forward, forward and backward, and one decoded token. Writes benchmarks/results/ops-DEVICE-DTYPE[-WHAT].json, and exits
-with 4 where one of the bars below is missed. No time is given for a contestant whose answer is wrong.
+Forward, forward and backward, and one decoded token. Writes benchmarks/results/ops-DEVICE-DTYPE[-WHAT].json and draws
+it beside it (.png), and exits with 4 where one of the bars below is missed. No time is given for a contestant whose
+answer is wrong.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import torch
 from linearize.answers import Benched
 from linearize.evaluate import kernels
 from linearize.mixers import base as mixers
-from linearize.report import provenance, schema
+from linearize.report import provenance, races, schema
+from linearize.storage import write_atomic
 from linearize.surgery.forecast import break_even_tokens
 from linearize.types import SiteShape
 
@@ -82,7 +84,8 @@ def main() -> int:
         else:
             tables.append(kernels.compare(lengths, backward=word == "both", **more))
     rows = {name: row for table in tables for name, row in table.rows.items()}
-    met, lines = judge(rows, kernels.crossing(kernels.Table(rows)))
+    even = kernels.crossing(kernels.Table(rows))
+    met, lines = judge(rows, even)
     if arguments.device != "cpu" or dtype != torch.float32:
         met = True  # the bars are those of a CPU in float32
     gathered = provenance.gather(device=arguments.device)
@@ -99,6 +102,8 @@ def main() -> int:
     )
     out = arguments.out or Path(__file__).parent / "results" / f"{name}.json"
     schema.write(made, out)
+    if drawn := next((word for word in what if word != "decode"), None):
+        write_atomic(out.with_suffix(".png"), races.race(made, drawn, even if drawn == "forward" else None))
     from rich.console import Console
 
     Console().print(Benched(made, out).render(), *lines, sep="\n")

@@ -10,6 +10,9 @@ import pytest
 import torch
 
 from linearize.evaluate import kernels
+from linearize.report import races
+from linearize.report.provenance import gather
+from linearize.report.schema import Bench, Measure
 
 SMALL = {"heads": 2, "dim": 8, "repeats": 2}
 
@@ -79,3 +82,21 @@ def test_bars_are_met_or_missed():
     ):
         assert not ops.judge({**good, name: {**good[name], metric: value}}, 579)[0]
     assert not ops.judge(good, 300)[0] and not ops.judge(good, 900)[0]
+
+
+def test_a_benchmark_is_drawn_with_what_it_has():
+    table = kernels.compare([32, 64], **SMALL)
+    share = table.rows["forward mapped_linear 64"]
+    assert share["flops_share"] > 0 and share["bytes_share"] > 0
+    assert share["flops_share"] * share["floor"] == pytest.approx(1, rel=1)
+    provenance = gather(device="cpu")
+    bench = Bench(
+        **provenance, name="ops", settings={}, units=kernels.UNITS,
+        rows=[Measure(name=name, metrics=row) for name, row in table.rows.items()],
+    )  # fmt: skip
+    field = races.lines(bench, "forward")
+    assert set(field) == {c.name for c in kernels.contestants(torch.device("cpu"))}
+    assert [tokens for tokens, _ in field["separate maps"]] == [32, 64]
+    bare = bench.model_copy(update={"rows": [Measure(name="forward sdpa 64", metrics={"ms": 1.0})]})
+    pictures = [races.race(bench, even=50.0), races.race(bench), races.race(bare)]
+    assert all(picture.startswith(b"\x89PNG") for picture in pictures) and len(set(pictures)) == 3

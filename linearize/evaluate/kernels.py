@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from linearize.evaluate import peers
 from linearize.evaluate.speed import peak_bytes
 from linearize.ops.linear import linear
 from linearize.ops.mapped_linear import features, mapped_linear
@@ -39,6 +40,8 @@ UNITS = {
     "times_low": "",
     "times_high": "",
     "floor": "its time over the floor's",
+    "flops_share": "of the rate of a matrix product",
+    "bytes_share": "inputs and outputs once, of the rate of a copy",
     "peak_bytes": "at once",
     "error": "RMS, relative",
 }
@@ -81,7 +84,7 @@ def _never(inputs: Inputs) -> None:
 @dataclass(frozen=True)
 class Contestant:
     """run: the output. truth: the same from the definition, of float64 inputs. refuses: why it cannot, or None.
-    linear: whether the floor of linear attention is its floor."""
+    linear: whether the floor of linear attention is its floor. flops: of a forward, by tokens, heads and their size."""
 
     name: str
     run: Callable[[Inputs], Tensor]
@@ -89,6 +92,7 @@ class Contestant:
     refuses: Callable[[Inputs], str | None] = _never
     backward: bool = True
     linear: bool = False
+    flops: Callable[[int, int, int], float] | None = None
 
 
 def _hedgehog(impl: str) -> Callable[[Inputs], Tensor]:
@@ -167,12 +171,15 @@ def contestants(device: torch.device, flex: bool = False) -> list[Contestant]:
         return 8.0 * x.v.numel() * 2 * x.q.shape[-1]
 
     found = [
-        Contestant("sdpa", _sdpa(), _softmax),
-        Contestant("mapped_linear", _hedgehog("auto"), _by_definition, linear=True),
+        Contestant("sdpa", _sdpa(), _softmax, flops=softmax_flops),
+        Contestant("mapped_linear", _hedgehog("auto"), _by_definition, linear=True, flops=floor_flops),
         Contestant("separate maps", _separate, _by_definition, linear=True),
         Contestant("cumsum", _cumsum, _by_definition, _room(states), linear=True),
         Contestant("sdpa math", _sdpa(SDPBackend.MATH), _softmax, _room(squares)),
     ]
+    if peers.missing() is None:
+        found.append(Contestant("qwen3_next", peers.delta_rule, peers.delta_rule_definition))
+        found.append(Contestant("minimax", peers.lightning, peers.lightning_definition))
     if device.type == "cuda":
         found.append(Contestant("sdpa flash", _sdpa(SDPBackend.FLASH_ATTENTION), _softmax))
         found.append(Contestant("sdpa cudnn", _sdpa(SDPBackend.CUDNN_ATTENTION), _softmax))
@@ -190,12 +197,25 @@ def floor_flops(tokens: int, heads: int, dim: int, chunk: int = 64) -> float:
     return float(tokens * heads * (maps + state + inside))
 
 
+def softmax_flops(tokens: int, heads: int, dim: int) -> float:
+    """Forward operations of causal softmax: two products of half a square."""
+    return 2.0 * tokens * tokens * heads * dim
+
+
 GEMM = 1024
+#: numbers that a copy moves, to and fro: more than caches hold
+COPY = 1 << 25
 
 
 def _gemm(dtype: torch.dtype, device: torch.device) -> Callable[[], Tensor]:
     a, b = (torch.randn(GEMM, GEMM, device=device).to(dtype) for _ in range(2))
     return lambda: a @ b
+
+
+def _copy(device: torch.device) -> Callable[[], Tensor]:
+    a = torch.zeros(COPY, device=device)
+    b = a.clone()
+    return lambda: b.copy_(a)
 
 
 # --------------------------------------------------------------------------------------------------------- running
@@ -274,7 +294,7 @@ def compare(
     table, word = Table(), "both" if backward else "forward"
     field_ = [c for c in contestants(device, flex) if (c.backward or not backward) and c.name not in without]
     gone: set[str] = set()
-    gemm = _gemm(dtype, device)
+    ceilings = {"gemm": _gemm(dtype, device), "copy": _copy(device)}
     for length in lengths:
         x = make(length, heads, dim, dtype, device)
         runs: dict[str, Callable[[], Any]] = {}
@@ -290,18 +310,20 @@ def compare(
                 table.notes.append(f"{word} {c.name} {length}: WRONG by {error:.2g}, no time is given")
                 continue
             runs[c.name], errors[c.name] = _run(c, x, backward), error
-        times: dict[str, list[float]] = {name: [] for name in ("gemm", *runs)}
+        times: dict[str, list[float]] = {name: [] for name in (*ceilings, *runs)}
         for turn in range(repeats + 1):  # the first is a warm-up
-            for name, run in [("gemm", gemm), *runs.items()]:
-                if name in gone or (name != "gemm" and len(times[name]) > 1 and times[name][0] > SLOW):
+            for name, run in [*ceilings.items(), *runs.items()]:
+                if name in gone or (name not in ceilings and len(times[name]) > 1 and times[name][0] > SLOW):
                     continue
                 taken = _timed(run, device, 5 if name == "gemm" else 1)
                 if turn or taken > SLOW:
                     times[name].append(taken)
-                if taken > PATIENCE and name != "gemm":
+                if taken > PATIENCE and name not in ceilings:
                     gone.add(name)
                     table.notes.append(f"{word} {name}: {taken:.0f} s at {length} tokens, not asked for more")
-        floor = floor_flops(length, heads, dim) * (3 if backward else 1) / (2.0 * GEMM**3)
+        passes = 3 if backward else 1
+        floor = floor_flops(length, heads, dim) * passes / (2.0 * GEMM**3)
+        moved = 4.0 * x.q.numel() * x.q.element_size() * (2 if backward else 1) / (8.0 * COPY)
         for c in field_:
             if c.name not in runs:
                 continue
@@ -310,6 +332,11 @@ def compare(
                 row["floor"] = statistics.median(
                     t / (g * floor) for t, g in zip(times[c.name], times["gemm"], strict=False)
                 )
+            if c.flops is not None:
+                done = c.flops(length, heads, dim) * passes / (2.0 * GEMM**3)
+                turns = list(zip(times[c.name], times["gemm"], times["copy"], strict=False))
+                row["flops_share"] = statistics.median(done * g / t for t, g, _ in turns)
+                row["bytes_share"] = statistics.median(moved * w / t for t, _, w in turns)
             if times[c.name][0] < 5:
                 row["peak_bytes"] = float(peak_bytes(runs[c.name], device))
             table.rows[f"{word} {c.name} {length}"] = {**row, "error": errors[c.name]}

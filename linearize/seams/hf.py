@@ -47,7 +47,9 @@ __all__ = [
     "base_classes",
     "bidirectional_mask_function",
     "causal_mask_function",
+    "chunked_delta_rule",
     "get_implementation",
+    "lightning_attention",
     "mapped",
     "masks",
     "named",
@@ -132,3 +134,23 @@ def register_subclass(
         mapping = get_checkpoint_conversion_mapping(old)
         if mapping is not None:
             register_checkpoint_conversion_mapping(new, deepcopy(mapping), overwrite=True)
+
+
+# ------------------------------------------------------------------------------------------------- peers of benchmarks
+def chunked_delta_rule() -> Callable[..., Any]:
+    """Qwen3-Next's linear attention without a kernel. Raises ImportError where transformers has it no more."""
+    from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
+
+    return torch_chunk_gated_delta_rule
+
+
+def lightning_attention(heads: int, dim: int) -> Any:
+    """MiniMax's linear layer, the first of two. Raises ImportError where transformers has it no more."""
+    from transformers.models.minimax.configuration_minimax import MiniMaxConfig
+    from transformers.models.minimax.modeling_minimax import MiniMaxLightningAttention
+
+    config = MiniMaxConfig(
+        hidden_size=heads * dim, num_attention_heads=heads, head_dim=dim, num_hidden_layers=2,
+        layer_types=["linear_attention", "full_attention"],
+    )  # fmt: skip
+    return MiniMaxLightningAttention(config, 0)
