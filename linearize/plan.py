@@ -192,7 +192,8 @@ class EvalPlan(BaseModel):
     tokens for the table. parts: numbers of documents by name, "0-48", scored apart as well. curve: the main figure
     is measured after every so many tokens of training, on a few of the documents. lengths: where state and KV
     bytes are compared. Of diffusion: steps of each drawing; judge: a classifier of images (a folder; None: the
-    embedded image teacher), which sees them less `crop` pixels at each edge."""
+    embedded image teacher), which sees them less `crop` pixels at each edge; mosaic: what stands where, of drawings of
+    several pictures (evaluate/mosaics.py), which the judge sees one by one."""
 
     model_config = _STRICT
     source: str | None = None
@@ -212,6 +213,14 @@ class EvalPlan(BaseModel):
     steps: int = Field(default=20, gt=0)
     judge: str | None = None
     crop: int = Field(default=0, ge=0)
+    mosaic: str | None = Field(default=None, pattern=r"^[a-z]+(/[a-z]+)*$")
+
+    @field_validator("mosaic")
+    @classmethod
+    def _even(cls, text: str | None) -> str | None:
+        if text is not None and (len({len(row) for row in text.split("/")}) > 1 or len(text) < 2):
+            raise ValueError("write rows of one length, like ab/ba: a is the class asked for")
+        return text
 
 
 class GatePlan(BaseModel):

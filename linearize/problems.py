@@ -32,7 +32,7 @@ _DRAWN = {"denoise": 0, "prediction": 0, "attention": 0, "variance": 0, "every":
 LATER: dict[str, dict[str, Any]] = {
     "": {"task": "text"},
     "data": {"minimum": None, "image_column": None, "label_column": None, "skip_bad": False, "steps": 20},
-    "eval": {"pairs": None, "minimum": None, "steps": 20, "judge": None, "crop": 0},
+    "eval": {"pairs": None, "minimum": None, "steps": 20, "judge": None, "crop": 0, "mosaic": None},
     "gate": {"retained": None, "cosine": None, "mrr": None, "distance": None},
     "stages": {
         "max_steps": None,
@@ -86,6 +86,10 @@ def task_problems(plan: Plan) -> list[str]:
             found.append(f"{name}.minimum: {node.minimum} is more than {name}.length ({node.length}): lower it")
     if plan.eval.pairs and task != "sentences":
         found.append(f"eval.pairs: scored pairs are of sentences, this model is for {PLURAL[task]}: drop it")
+    if plan.eval.mosaic and task != "diffusion":
+        found.append(f"eval.mosaic: is of drawings, this model is for {PLURAL[task]}: drop it")
+    elif plan.eval.mosaic and not plan.eval.crop:
+        found.append("eval.mosaic: pictures are told apart by their dark frames: say how wide these are (eval.crop)")
     gates = ("retained", "cosine", "mrr") if task == "text" else ("linear_gain", "perplexity_ratio")
     if task in ("image", "diffusion"):
         gates = (*gates, "mrr")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from linearize.data.drawing import answer, denoise, noise_of, seed_of, time_of
 from linearize.data.latents import Latents
-from linearize.evaluate import judges
+from linearize.evaluate import judges, mosaics
 from linearize.evaluate.encoders import Sample
 from linearize.evaluate.encoders import Score as Samples
 from linearize.evaluate.quality import STUDENT, TEACHER, Variant, chosen, evaluating
@@ -144,8 +144,11 @@ class Studio:
 
 
 # ---------------------------------------------------------------------------------------------------------- the figures
-def samples(score: Score, teacher: Score, labels_N: Tensor | None, judge: Any) -> Samples:
-    """One number per drawing: distance (root mean square), trajectory, and of images psnr, ssim, what a judge sees."""
+def samples(
+    score: Score, teacher: Score, labels_N: Tensor | None, judge: Any, layout: mosaics.Layout | None = None
+) -> Samples:
+    """One number per drawing: distance (root mean square), trajectory, and of images psnr, ssim, what a judge sees.
+    layout: of mosaics."""
     found: dict[str, Tensor] = {}
     other = score.name != TEACHER
     pictures = score.drawn.ndim == 4 and score.drawn.shape[1] in (1, 3)
@@ -157,7 +160,15 @@ def samples(score: Score, teacher: Score, labels_N: Tensor | None, judge: Any) -
         own, known = score.drawn.clamp(-1, 1), teacher.drawn.clamp(-1, 1)
         if other:
             found["psnr"], found["ssim"] = judges.psnr(own, known), judges.ssim(own, known)
-        if judge is not None:
+        if judge is not None and layout is not None:
+            seen, features = mosaics.seen(layout.tiles(own), judge, judge.crop)
+            seen_T, features_T = mosaics.seen(layout.tiles(known), judge, judge.crop)
+            found |= mosaics.figures(seen, seen_T, layout, labels_N)
+            if other:
+                found["cosine"] = torch.nn.functional.cosine_similarity(features, features_T, dim=-1).mean(1)
+            else:
+                del found["count_kept"], found["placement_kept"]
+        elif judge is not None:
             logits, features = judge(own)
             logits_T, features_T = judge(known)
             if other:
@@ -168,13 +179,19 @@ def samples(score: Score, teacher: Score, labels_N: Tensor | None, judge: Any) -
     return Samples(score.name, {key: Sample(value.double()) for key, value in found.items()})
 
 
-def of_sets(score: Score, teacher: Score, networks: Mapping[str, Any]) -> dict[str, float]:
-    """Figures of the drawings as a set against the teacher's. networks: "" and "random"."""
+def of_sets(
+    score: Score, teacher: Score, networks: Mapping[str, Any], layout: mosaics.Layout | None = None
+) -> dict[str, float]:
+    """Figures of the drawings (of mosaics: of their pictures) as a set against the teacher's. networks: "" and
+    "random"."""
     if score.drawn.ndim != 4 or score.name == TEACHER or len(score.drawn) < 3:
         return {}
     found: dict[str, float] = {}
+    sets = [s.drawn.clamp(-1, 1) for s in (teacher, score)]
+    if layout is not None:
+        sets = [layout.tiles(drawn).flatten(0, 1) for drawn in sets]
     for name, network in networks.items():
-        known, own = (judges.features_of(network, s.drawn.clamp(-1, 1)) for s in (teacher, score))
+        known, own = (judges.features_of(network, drawn) for drawn in sets)
         end = f"_{name}" if name else ""
         found[f"frechet{end}"] = judges.frechet(known, own)
         found[f"kernel{end}"] = judges.kernel_distance(known, own)

@@ -100,7 +100,9 @@ class Row(Strict):
     Of drawings, against the teacher's from the same noise: distance (root mean square), psnr, ssim; trajectory, the
     relative squared error of the answers on the teacher's own way, by_timestep the same; accuracy, a judge sees the
     class asked for; as sets, by the features of the judge and of a random network, frechet and kernel distance, recall,
-    coverage; image_seconds of one, by number of steps.
+    coverage; image_seconds of one, by number of steps. Of mosaics accuracy is of the pictures whose class was asked
+    for; tiles_seen, how many pictures a judge sees in one; count_kept, as many as in the teacher's; placement_kept, the
+    share of the teacher's pictures that are seen in their places; pairs_alike, of pairs that are to be of one class.
     cache_bytes: what one sequence keeps after so many tokens. spread: standard deviation over seeds, by metric.
     parts: metrics on named parts of the text.
     """
@@ -109,7 +111,7 @@ class Row(Strict):
         "perplexity", "nll", "kl", "top1", "ratio", "copy_nll", "copy_share", "gap_closed", "marginal",
         "marginal_copy", "marginal_share", "accuracy", "agreement", "cosine", "dense_cosine", "spearman", "mrr",
         "retained", "distance", "trajectory", "psnr", "ssim", "frechet", "frechet_random", "kernel", "kernel_random",
-        "recall", "coverage",
+        "recall", "coverage", "tiles_seen", "count_kept", "placement_kept", "pairs_alike",
     )  # fmt: skip
 
     name: str
@@ -141,6 +143,10 @@ class Row(Strict):
     kernel_random: Number = None
     recall: Number = None
     coverage: Number = None
+    tiles_seen: Number = None
+    count_kept: Number = None
+    placement_kept: Number = None
+    pairs_alike: Number = None
     by_timestep: dict[int, Number] = {}
     image_seconds: dict[int, Number] = {}
     documents: int | None = None

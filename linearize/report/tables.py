@@ -189,10 +189,13 @@ ENCODERS: dict[str, list[tuple[str, str]]] = {
     "diffusion": [
         ("distance", "distance"), ("PSNR", "psnr"), ("SSIM", "ssim"), ("answers", "trajectory"), ("class", "accuracy"),
         ("share", "retained"), ("agree", "agreement"), ("cosine", "cosine"), ("Fréchet", "frechet"),
-        ("random", "frechet_random"), ("recall", "recall"), ("coverage", "coverage"),
+        ("random", "frechet_random"), ("recall", "recall"), ("coverage", "coverage"), ("seen", "tiles_seen"),
+        ("count kept", "count_kept"), ("placement kept", "placement_kept"), ("pairs alike", "pairs_alike"),
     ],
 }  # fmt: skip
-_PERCENT = ("accuracy", "retained", "agreement", "mrr", "recall", "coverage")
+_PERCENT = (
+    "accuracy", "retained", "agreement", "mrr", "recall", "coverage", "count_kept", "placement_kept", "pairs_alike",
+)  # fmt: skip
 _DRAWINGS = (
     "Distance: root mean square to the teacher's drawing from the same noise, in -1 ... 1. Answers: relative squared "
     "error at the teacher's own steps.",
@@ -222,6 +225,12 @@ def encoder_table(rows: Sequence[Row], task: str, evaluation: str, name: Callabl
         notes.append("Agree: the likeliest class is the teacher's. KL(teacher || student) in nats per example.")
     if task == "diffusion":
         notes += _DRAWINGS
+        if any(row.tiles_seen is not None for row in rows):
+            notes.append(
+                "Mosaics: class, cosine and Fréchet are of their pictures. Seen: how many a judge sees; count kept: as "
+                "many as in the teacher's; placement kept: of the pictures there, those seen in their places; pairs "
+                "alike: two places that are to show one class, which nobody named, do."
+            )
     what = "patches" if task == "image" else "tokens"
     if task != "diffusion":
         notes.append(f"Cosine: of the pooled feature to the teacher's; {what}: the same of each last hidden state.")

@@ -168,6 +168,11 @@ def _drawings(rows: Sequence[Row], student: Row, gate: Mapping[str, Any]) -> Ver
         lines.append(f"The teacher's own drawings from other noise are {floor.distance:.4f} apart.")
     if student.retained is not None:
         lines.append(f"A classifier sees the class asked for {100 * student.retained:.1f} % as often as the teacher's.")
+    if student.count_kept is not None and student.placement_kept is not None:
+        lines.append(
+            f"The number of pictures is kept in {100 * student.count_kept:.1f} % of the mosaics, "
+            f"{100 * student.placement_kept:.1f} % of the teacher's pictures are in their places."
+        )
     gates = []
     for key, got, bound in (("retained", student.retained, "at least"), ("distance", share, "at most")):
         if (wanted := gate.get(key)) is not None:

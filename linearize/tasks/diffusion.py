@@ -15,7 +15,7 @@ from linearize.data import drawing
 from linearize.data.examples import Examples
 from linearize.data.latents import Latents
 from linearize.data.noise import Noising
-from linearize.evaluate import drawings, encoders, judges
+from linearize.evaluate import drawings, encoders, judges, mosaics
 from linearize.evaluate.quality import STUDENT, TEACHER, WINDOW
 from linearize.mixers import base as mixers
 from linearize.plan import Plan
@@ -44,6 +44,9 @@ class Drawn(Exam):
         pictures = data.clean.ndim == 4 and data.clean.shape[1] in (1, 3)
         self.judge = judges.Judge(plan.eval.judge, plan.eval.crop) if pictures else None
         self.networks = {"": self.judge, "random": judges.Random(data.clean.shape[1])} if pictures else {}
+        self.layout = mosaics.Layout(plan.eval.mosaic) if plan.eval.mosaic and pictures else None
+        if self.layout is not None:
+            self.layout.tiles(data.clean[:1])  # whether it fits
         if not pictures:
             self.notes = ("these are latents: figures of pictures need pixels, and are left out",)
 
@@ -70,7 +73,7 @@ class Drawn(Exam):
         return self.data.conditions().get("class_labels")
 
     def _table(self, scores: Sequence[drawings.Score], seed: int, resamples: int = 1000) -> list[encoders.Row]:
-        made = [drawings.samples(score, scores[0], self.labels, self.judge) for score in scores]
+        made = [drawings.samples(score, scores[0], self.labels, self.judge, self.layout) for score in scores]
         return encoders.table(made, resamples=resamples, seed=seed)
 
     def rows(self, scores: Sequence[drawings.Score], seed: int) -> list[schema.Row]:
@@ -81,7 +84,7 @@ class Drawn(Exam):
             if score.name == TEACHER:
                 figures.pop("retained", None)
                 spans.pop("retained", None)
-            figures |= drawings.of_sets(score, scores[0], self.networks)
+            figures |= drawings.of_sets(score, scores[0], self.networks, self.layout)
             if score.error_MS is not None and self.studio.way is not None:
                 figures["by_timestep"] = dict(zip(self.studio.way.times, score.error_MS.mean(0).tolist()))
             timed = scores if score.name == TEACHER else [score]  # the teacher was timed in turns with the student
@@ -175,6 +178,8 @@ class Diffusion(Task):
         exam = Drawn(data, plan, self.processor, self.noising, words)
         if exam.judge is not None:
             exam.words += f"; seen by {exam.judge.name} and {judges.Random.name}"
+        if exam.layout is not None:
+            exam.words += f", picture by picture: mosaics laid out {exam.layout.text}"
         return exam
 
     @property
