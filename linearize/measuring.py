@@ -243,5 +243,5 @@ def rivals(task: Task, job: Job, frozen: nn.Module | None, say: Callable[[str], 
             last.model_copy(update={"tokens": tokens, "batch": plan.stages[-1].batch, "mixer_lr": None}),
             "window-only",
         )
-        found["window-only student"] = rival
+        found[quality.WINDOW_ONLY] = rival
     return found

@@ -3,6 +3,8 @@
     python recipes/measure.py hedgehog/stories15m-window --model FOLDER [--data FILE] --eval FILE [--seeds 0 1 2]
                                [--set key=value]
 
+    python recipes/measure.py RECIPE --window-only ...         the same options: one more row for a file that is there
+
 Every seed is a conversion of its own under --work, resumed where it was killed; several are averaged into one file.
 A bar that is missed is filed like one that is met: the verdict in the file says which.
 The table of the README is made from these files by `linearize report --update-readme`.
@@ -13,13 +15,17 @@ from __future__ import annotations
 import argparse
 import base64
 import logging
+import math
 import sys
 from pathlib import Path
 
 from linearize import api
+from linearize.evaluate.quality import STUDENT, TEACHER, WINDOW_ONLY
+from linearize.plan import Plan
+from linearize.recipe import pairs
 from linearize.report import schema, verdict
 from linearize.storage import write_atomic
-from linearize.types import GateError
+from linearize.types import GateError, InputError
 
 HERE = Path(__file__).parent
 
@@ -34,21 +40,26 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--set", nargs="*", default=[], help="further recipe keys")
     parser.add_argument("--first", nargs="*", default=[], help="further keys for the first seed alone: dear baselines")
+    parser.add_argument(
+        "--window-only", action="store_true", help="train a window by as many tokens, and add it to the recipe's file"
+    )
     parser.add_argument("--work", type=Path, default=Path("runs"), help="folder for the conversions")
     arguments = parser.parse_args()
     logging.basicConfig(format="%(asctime)s %(message)s", stream=sys.stderr)
     logging.getLogger("linearize").setLevel(logging.INFO)
 
     target = HERE / "results" / f"{arguments.recipe}.json"
+    if arguments.window_only:
+        window_only(arguments, target)
+        print(target)
+        return
     reports = []
     for seed in arguments.seeds:
         folder = arguments.work / f"{arguments.recipe.replace('/', '-')}-{seed}"
         if (folder / "report.json").is_file():
             reports.append(schema.read(folder, schema.Report))
             continue
-        sources = {"data.source": arguments.data, "eval.source": arguments.eval, "eval.pairs": arguments.pairs}
-        settings = [f"seed={seed}", *arguments.set, *(f"{key}={file}" for key, file in sources.items() if file)]
-        settings += arguments.first if seed == arguments.seeds[0] else []
+        settings = settings_of(arguments, seed) + (arguments.first if seed == arguments.seeds[0] else [])
         try:
             converted = api.convert(
                 arguments.model, recipe=arguments.recipe, overrides=settings, output_dir=folder, resume=True
@@ -63,6 +74,39 @@ def main() -> None:
         write_atomic(target.with_suffix(".png"), base64.b64decode(reports[0].diagnostics.grid))
     schema.write(verdict.over_seeds([report.result() for report in reports], gate), target)
     print(target)
+
+
+def settings_of(arguments: argparse.Namespace, seed: int) -> list[str]:
+    sources = {"data.source": arguments.data, "eval.source": arguments.eval, "eval.pairs": arguments.pairs}
+    return [f"seed={seed}", *arguments.set, *(f"{key}={file}" for key, file in sources.items() if file)]
+
+
+def window_only(arguments: argparse.Namespace, target: Path) -> None:
+    """The row of `eval.window_only` for students who were measured without it: the window is trained as there, by the
+    tokens of all their stages. Raises InputError where that table was measured on something else."""
+    result, seed = schema.read(target, schema.Result), arguments.seeds[0]
+    settings = settings_of(arguments, seed)
+    plan = Plan.read(arguments.recipe, settings)
+    last = plan.stage("finetune") or Plan.read({"task": plan.task}).stage("finetune")
+    assert last is not None
+    stage = last.model_dump() | {"tokens": result.trained_tokens, "batch": plan.stages[-1].batch, "mixer_lr": None}
+    window = {"window": plan.eval.window, "sinks": plan.eval.sinks}
+    instead = {"method.name": "window", "method.mixer": window, "stages": [stage], "gate": {}}
+    report = api.convert(
+        arguments.model, recipe=arguments.recipe,
+        overrides=[*pairs(settings), *instead.items(), ("eval.curve", None), ("eval.window_only", False)],
+        output_dir=arguments.work / f"{arguments.recipe.replace('/', '-')}-window-only", resume=True,
+    ).report  # fmt: skip
+    row, teachers = report.row(STUDENT), [r.row(TEACHER) for r in (report, result)]
+    losses = [t.nll for t in teachers if t is not None and t.nll is not None]
+    assert row is not None
+    if report.evaluation != result.evaluation or len(losses) < 2 or not math.isclose(*losses, rel_tol=1e-4):
+        raise InputError(f"{target.name} is of another teacher or another text ({result.evaluation}): give the same")
+    row = row.model_copy(update={"name": WINDOW_ONLY, "marginal": None})
+    rows = [*(r for r in result.rows if r.name != WINDOW_ONLY), row]
+    note = f"{WINDOW_ONLY}: seed {seed}, {report.trained_tokens:,} tokens, a run of its own at {report.commit}"
+    update = {"rows": rows, "verdict": verdict.judge(rows, plan.gate.model_dump()), "notes": [*result.notes, note]}
+    schema.write(result.model_copy(update=update), target)
 
 
 if __name__ == "__main__":

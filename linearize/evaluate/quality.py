@@ -23,6 +23,7 @@ from linearize.types import GateError, InputError
 Variant = tuple[str, Callable[[], AbstractContextManager[Any]]]
 
 TEACHER, STUDENT, WINDOW, LINEAR_OFF = "teacher", "student", "zero-token window", "linear_off"
+WINDOW_ONLY = "window-only student"
 _ROWS = 512  # positions whose probabilities over the vocabulary are held at a time, beside the logits
 
 
