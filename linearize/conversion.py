@@ -22,7 +22,9 @@ from torch import nn
 
 from linearize import models, tasks
 from linearize.answers import Resolved
+from linearize.data.autoencoder import Decoder
 from linearize.data.examples import Examples
+from linearize.data.noise import Noising
 from linearize.data.selfgen import fingerprint
 from linearize.evaluate import quality
 from linearize.measuring import Measure, Work, rivals
@@ -32,6 +34,7 @@ from linearize.report import card, html, provenance, schema, verdict
 from linearize.resolve import choose, fitting
 from linearize.stages import targets
 from linearize.stages.base import Job, Processes
+from linearize.stages.denoising import check_teacher
 from linearize.stages.finetune import finetune
 from linearize.stages.merge import merge
 from linearize.stages.transfer import transfer
@@ -40,6 +43,7 @@ from linearize.surgery.attach import Surgery, attach
 from linearize.surgery.port import CHILD
 from linearize.surgery.select import break_even
 from linearize.tasks import Exam, Task
+from linearize.tasks.base import called
 from linearize.types import GateError, InputError, Site, StageReport, Unsupported
 
 if TYPE_CHECKING:
@@ -131,9 +135,13 @@ def run(
         for stage in plan.stages if task.pool is not None else ():
             if isinstance(stage, FinetunePlan):
                 targets.check(model, train_data, stage)
+        others = _teachers(plan, task, device, trust_remote_code)
+        for name in others:
+            resolved = replace(resolved, notes=(*resolved.notes, f"fine-tuned on the answers of {called(name, name)}"))
         exam = task.exam(valid)
         resolved = replace(resolved, notes=tuple(dict.fromkeys((*resolved.notes, *train_data.notes, *exam.notes))))
-        digest = hashlib.sha256(f"{plan.digest()}{original}{train_data.digest}".encode()).hexdigest()
+        known = "".join(fingerprint(other) for other in others.values())
+        digest = hashlib.sha256(f"{plan.digest()}{original}{train_data.digest}{known}".encode()).hexdigest()
         with processes.in_turn():
             _check_digest(work, digest)
 
@@ -143,12 +151,12 @@ def run(
         teacher = surgery.teacher if frozen is None else lambda: nullcontext(frozen)
         measure = Measure(plan, work, exam, surgery, teacher, processes.first)
         job = Job(
-            model=model, surgery=surgery, data=train_data, pool=task.pool, noising=task.noising, seed=plan.seed,
-            work=work.sub("checkpoints"), digest=digest, resume=work.folder is not None,
+            model=model, surgery=surgery, data=train_data, pool=task.pool, noising=task.noising, teachers=others,
+            seed=plan.seed, work=work.sub("checkpoints"), digest=digest, resume=work.folder is not None,
             on_step=measure.along(train_data.mean, on_step),
         )  # fmt: skip
     measure.add(("swapped", nullcontext))
-    others = rivals(task, job, frozen, say)
+    beaten = rivals(task, job, frozen, say)
     reports = []
     for index, (name, stage) in enumerate(zip(plan.stage_names(), plan.stages, strict=True)):
         say(f"stage {name}: {stage.tokens:,} tokens in {stage.steps(train_data.mean):,} steps")
@@ -160,7 +168,7 @@ def run(
     measure.add(
         (quality.STUDENT, nullcontext),
         *((branch, functools.partial(surgery.ablate, branch)) for branch in branches),
-        *((name, lambda twin=twin: nullcontext(twin)) for name, twin in others.items()),
+        *((name, lambda twin=twin: nullcontext(twin)) for name, twin in beaten.items()),
     )
     report = _report(resolved, job, task, sites, left, measure, reports, command)
     report.implementations = dispatch.used(calls)
@@ -177,6 +185,26 @@ def run(
         error.answer = done  # the table is worth seeing all the same
         raise
     return done
+
+
+def _teachers(plan: Plan, task: Task, device: str, trust_remote_code: bool) -> dict[str, nn.Module]:
+    """The other models whose answers stages learn. Raises InputError where one cannot teach this model."""
+    found: dict[str, nn.Module] = {}
+    for stage in plan.stages:
+        name = stage.teacher if isinstance(stage, FinetunePlan) else None
+        if name is None or name in found:
+            continue
+        other = models.load_model(name, dtype=plan.model.dtype, device=device, trust_remote_code=trust_remote_code)
+        if other.task != "diffusion":
+            raise InputError(f"stages.finetune.teacher: {name} is for {other.task}: name a denoiser")
+        assert task.noising is not None
+        check_teacher(
+            called(name, name), task.model, other.model,
+            (task.noising, Noising.of(other.processor, task.noising.time)),
+            (Decoder.of(plan.model.id, plan.model.revision), Decoder.of(name)),
+        )  # fmt: skip
+        found[name] = other.model.requires_grad_(False)
+    return found
 
 
 def _finished(target: Path, plan: Plan) -> Converted:

@@ -159,7 +159,8 @@ class FinetunePlan(_Stage):
     hidden states); lm (next tokens, of text); of encoders feature (cosine of the pooled feature), dense (relative
     error of the last hidden state, token by token or patch by patch), task (cross-entropy of labels); of diffusion
     models those of stages/denoising.py: denoise, prediction, attention (of every `every`-th converted layer), variance;
-    weighting min_snr: of the timesteps.
+    weighting min_snr: of the timesteps. teacher: a folder or hub id of another, as a rule larger, denoiser of the same
+    latents and noise, whose answers and variance are learned (None: those of the model itself before it was converted).
     """
 
     kind: Literal["finetune"]
@@ -178,6 +179,7 @@ class FinetunePlan(_Stage):
     variance: float = Field(default=0.0, ge=0)
     every: int = Field(default=1, gt=0)
     weighting: Literal["none", "min_snr"] = "none"
+    teacher: str | None = None
     share: float = Field(default=1.0, gt=0, le=1)
 
 

@@ -27,7 +27,7 @@ FOREIGN = {
 }
 
 
-_DRAWN = {"denoise": 0, "prediction": 0, "attention": 0, "variance": 0, "every": 1, "weighting": "none"}
+_DRAWN = {**dict.fromkeys(sorted(_DENOISING), 0), "every": 1, "weighting": "none", "teacher": None}
 #: keys that a plan's digest leaves out while they say nothing: they came after the first runs, whose digests stay
 LATER: dict[str, dict[str, Any]] = {
     "": {"task": "text"},
@@ -60,7 +60,7 @@ def stage_problems(plan: Plan, at: str, stage: StagePlan, settings: Any) -> list
         if getattr(stage, key):
             found.append(f"{at}.{key}: no loss for {PLURAL[plan.task]}: give a weight to {' or '.join(losses)}")
     if stage.kind == "finetune":
-        return found
+        return found + _teacher_problems(plan, at, stage)
     if stage.far_weight and not stage.output:
         found.append(f"{at}.far_weight: it weighs the output error: give output a weight above 0")
     near = "radius" if grid else "window"
@@ -68,6 +68,18 @@ def stage_problems(plan: Plan, at: str, stage: StagePlan, settings: Any) -> list
         if getattr(stage, key) and settings is not None and not getattr(settings, near, None):
             found.append(f"{at}.{key}: needs a window: set method.mixer.{near}, or {key} to 0")
     return found
+
+
+def _teacher_problems(plan: Plan, at: str, stage: StagePlan) -> list[str]:
+    if getattr(stage, "teacher", None) is None:
+        return []
+    if plan.task != "diffusion":
+        return [f"{at}.teacher: another teacher is for denoisers, this model is for {PLURAL[plan.task]}: drop it"]
+    if getattr(stage, "attention", 0):
+        return [f"{at}.attention: another teacher has attention of other sizes: set it to 0, or drop teacher"]
+    if not (getattr(stage, "prediction", 0) or getattr(stage, "variance", 0)):
+        return [f"{at}.teacher: nothing is learned from it: give prediction or variance a weight above 0"]
+    return []
 
 
 def task_problems(plan: Plan) -> list[str]:

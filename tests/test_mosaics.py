@@ -95,7 +95,8 @@ def test_scores_of_drawings():
     teacher = drawings.Score("teacher", torch.stack([mosaic([1, 2, 2, 1]), mosaic([3, 4, 4, 3])]))
     moved = drawings.Score("student", torch.stack([mosaic([1, 2, 2, 1]), mosaic([4, 3, 3, 4])]))
     labels = torch.tensor([1, 3])
-    own, other = (drawings.samples(s, teacher, labels, judge, LAYOUT).samples for s in (teacher, moved))
+    both = [(s, (s.drawn, teacher.drawn)) for s in (teacher, moved)]
+    own, other = (drawings.samples(s, teacher, labels, judge, LAYOUT, shown).samples for s, shown in both)
     assert own.keys() == {"tiles_seen", "pairs_alike", "top1"} and own["top1"].values_N.tolist() == [1, 1]
     assert other["count_kept"].values_N.tolist() == [1, 1] and other["placement_kept"].values_N.tolist() == [1, 0]
     assert other["top1"].values_N.tolist() == [1, 0] and "agreement" not in other and "cosine" in other

@@ -26,6 +26,7 @@ from linearize.types import GateError
 
 FLOOR = "teacher, other seeds"
 FOLLOWED = 32  # drawings along whose way, as the teacher goes it, answers are compared
+PART = 50  # pictures compared at a time, in double precision
 TIMED = (4, 50)  # steps of the drawings that are timed
 Teacher = Callable[[], AbstractContextManager[Any]]
 
@@ -54,7 +55,11 @@ class Way:
 class Studio:
     """Draws the examples of `data` with any variant; the teacher goes first, once."""
 
-    def __init__(self, data: Latents, scheduler: Any, steps: int, batch: int) -> None:
+    def __init__(
+        self, data: Latents, scheduler: Any, steps: int, batch: int, finish: Callable[[Tensor], Any] | None = None
+    ) -> None:
+        """finish: what makes a picture of a drawing, where it is none (timed along)."""
+        self.finish = finish
         self.data, self.scheduler, self.steps, self.batch = data, scheduler, steps, batch
         self.seeds = data.seeds[data.order]
         self.way: Way | None = None
@@ -137,7 +142,9 @@ class Studio:
             for enter in (student, teacher):
                 with enter() as other:
                     start = time.perf_counter()
-                    denoise(chosen(model, other), self.scheduler, noise, self._conditions(some), steps)
+                    drawn = denoise(chosen(model, other), self.scheduler, noise, self._conditions(some), steps)
+                    if self.finish is not None:
+                        self.finish(drawn)
                     pair.append(time.perf_counter() - start)
             found[steps] = (pair[0], pair[1])
         return {steps: found[steps] for steps in TIMED}
@@ -145,21 +152,26 @@ class Studio:
 
 # ---------------------------------------------------------------------------------------------------------- the figures
 def samples(
-    score: Score, teacher: Score, labels_N: Tensor | None, judge: Any, layout: mosaics.Layout | None = None
+    score: Score,
+    teacher: Score,
+    labels_N: Tensor | None,
+    judge: Any,
+    layout: mosaics.Layout | None = None,
+    shown: tuple[Tensor, Tensor] | None = None,
 ) -> Samples:
-    """One number per drawing: distance (root mean square), trajectory, and of images psnr, ssim, what a judge sees.
-    layout: of mosaics."""
+    """One number per drawing: distance (root mean square), trajectory, and of pictures psnr, ssim, what a judge sees.
+    layout: of mosaics. shown: the pictures, [N, C, H, W] in -1 ... 1, and the teacher's (None: there are none)."""
     found: dict[str, Tensor] = {}
     other = score.name != TEACHER
-    pictures = score.drawn.ndim == 4 and score.drawn.shape[1] in (1, 3)
     if other:
         found["distance"] = (score.drawn - teacher.drawn).double().square().flatten(1).mean(1).sqrt()
     if score.error_MS is not None:
         found["trajectory"] = score.error_MS.mean(1)
-    if pictures:
-        own, known = score.drawn.clamp(-1, 1), teacher.drawn.clamp(-1, 1)
+    if shown is not None:
+        own, known = shown
         if other:
-            found["psnr"], found["ssim"] = judges.psnr(own, known), judges.ssim(own, known)
+            few = list(zip(own.split(PART), known.split(PART)))
+            found["psnr"], found["ssim"] = (torch.cat([of(a, b) for a, b in few]) for of in (judges.psnr, judges.ssim))
         if judge is not None and layout is not None:
             seen, features = mosaics.seen(layout.tiles(own), judge, judge.crop)
             seen_T, features_T = mosaics.seen(layout.tiles(known), judge, judge.crop)
@@ -180,18 +192,17 @@ def samples(
 
 
 def of_sets(
-    score: Score, teacher: Score, networks: Mapping[str, Any], layout: mosaics.Layout | None = None
+    shown: tuple[Tensor, Tensor], networks: Mapping[str, Any], layout: mosaics.Layout | None = None
 ) -> dict[str, float]:
-    """Figures of the drawings (of mosaics: of their pictures) as a set against the teacher's. networks: "" and
+    """Figures of pictures (of mosaics: of those in them) as a set against the teacher's, the second. networks: "" and
     "random"."""
-    if score.drawn.ndim != 4 or score.name == TEACHER or len(score.drawn) < 3:
+    if len(shown[0]) < 3:
         return {}
     found: dict[str, float] = {}
-    sets = [s.drawn.clamp(-1, 1) for s in (teacher, score)]
     if layout is not None:
-        sets = [layout.tiles(drawn).flatten(0, 1) for drawn in sets]
+        shown = (layout.tiles(shown[0]).flatten(0, 1), layout.tiles(shown[1]).flatten(0, 1))
     for name, network in networks.items():
-        known, own = (judges.features_of(network, drawn) for drawn in sets)
+        own, known = (judges.features_of(network, pictures) for pictures in shown)
         end = f"_{name}" if name else ""
         found[f"frechet{end}"] = judges.frechet(known, own)
         found[f"kernel{end}"] = judges.kernel_distance(known, own)

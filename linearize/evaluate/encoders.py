@@ -299,7 +299,7 @@ def _figures(score: Score, teacher: Score, picks: Mapping[int, Tensor] | None) -
 def _intervals(score: Score, teacher: Score, resamples: int, seed: int) -> dict[str, tuple[float, float]]:
     """Drawn in parts, so that memory does not grow with their number."""
     sizes = sorted({len(sample.values_N) for sample in score.samples.values()})
-    if not resamples or min(sizes) < 2:
+    if not resamples or min(sizes, default=0) < 2:
         return {}
     drawn: dict[str, list[Tensor]] = {}
     generator = torch.Generator().manual_seed(seed)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 @dataclass
 class Job:
     """model: the converted model, surgery: its handle, data: what is trained on. noising: how noise gets into it, of
-    diffusion models.
+    diffusion models. teachers: other models that stages name, by name.
 
     work: folder for checkpoints (None: none are written). digest: of the plan and all inputs; checkpoints of another
     digest are refused. resume: continue from the newest complete checkpoint. checkpoint_seconds, checkpoint_steps: how
@@ -38,6 +38,7 @@ class Job:
     data: Examples
     pool: Callable[[Tensor, Tensor], Tensor] | None = None
     noising: Noising | None = None
+    teachers: Mapping[str, nn.Module] = field(default_factory=dict)
     seed: int = 0
     work: Path | None = None
     digest: str = ""

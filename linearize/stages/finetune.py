@@ -79,8 +79,10 @@ class Finetune:
                 parameter.requires_grad_(True)
         kind = Denoising if job.noising is not None else NextTokens if job.pool is None else Features
         self.targets = kind(job, plan)
-        if plan.mode == "full" and any(
-            getattr(plan, key) for key in LOSSES["finetune"] if key not in ("lm", "task", "denoise")
+        if (
+            plan.mode == "full"
+            and plan.teacher is None
+            and any(getattr(plan, key) for key in LOSSES["finetune"] if key not in ("lm", "task", "denoise"))
         ):
             self.frozen = _Frozen(weights)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from linearize.data import drawing
+from linearize.data.autoencoder import Decoder
 from linearize.data.examples import Examples
 from linearize.data.latents import Latents
 from linearize.data.noise import Noising
@@ -38,17 +39,50 @@ class Drawn(Exam):
     unit = "drawings"
     followed = "distance to the teacher's drawings"
 
-    def __init__(self, data: Latents, plan: Plan, scheduler: Any, noising: Noising, words: str = "") -> None:
+    def __init__(
+        self,
+        data: Latents,
+        plan: Plan,
+        scheduler: Any,
+        noising: Noising,
+        words: str = "",
+        decoder: Decoder | None = None,
+        why: str = "",
+    ) -> None:
+        """decoder: makes pictures of latents (None: these are pixels, or there is no picture of them, and `why`)."""
         self.data, self.plan, self.scheduler, self.noising, self.words = data, plan, scheduler, noising, words
-        self.studio = drawings.Studio(data, scheduler, plan.eval.steps, plan.eval.batch)
-        pictures = data.clean.ndim == 4 and data.clean.shape[1] in (1, 3)
-        self.judge = judges.Judge(plan.eval.judge, plan.eval.crop) if pictures else None
-        self.networks = {"": self.judge, "random": judges.Random(data.clean.shape[1])} if pictures else {}
-        self.layout = mosaics.Layout(plan.eval.mosaic) if plan.eval.mosaic and pictures else None
-        if self.layout is not None:
-            self.layout.tiles(data.clean[:1])  # whether it fits
-        if not pictures:
-            self.notes = ("these are latents: figures of pictures need pixels, and are left out",)
+        self.decoder, self.why = decoder, why
+        finish = None if decoder is None else self._pictures
+        self.studio = drawings.Studio(data, scheduler, plan.eval.steps, plan.eval.batch, finish)
+        self._seen: dict[str, tuple[Tensor, Tensor]] = {}
+        self.judge = self.layout = None
+        self.networks: dict[str, Any] = {}
+        pixels = data.clean.ndim == 4 and data.clean.shape[1] in (1, 3)
+        if not pixels and decoder is None:
+            self.notes = (f"these are latents: figures of pictures need pixels, and are left out{why and f' ({why})'}",)
+            return
+        channels = data.clean.shape[1] if decoder is None else 3
+        # A classifier of garments has nothing to say of what a latent model draws: there a judge has to be named.
+        if decoder is None or plan.eval.judge is not None:
+            self.judge = judges.Judge(plan.eval.judge, plan.eval.crop)
+            self.networks[""] = self.judge
+        self.networks["random"] = judges.Random(channels)
+        if plan.eval.mosaic and self.judge is None:
+            raise InputError("eval.mosaic: of latents a judge has to be named: a classifier of images (eval.judge)")
+        if plan.eval.mosaic:
+            self.layout = mosaics.Layout(plan.eval.mosaic)
+            self.layout.tiles(self._pictures(data.clean[:1]))  # whether it fits
+
+    def _pictures(self, drawn: Tensor) -> Tensor:
+        return (drawn if self.decoder is None else self.decoder(drawn, self.data.shared)).clamp(-1, 1)
+
+    def shown(self, score: drawings.Score) -> Tensor | None:
+        """The pictures of a score, [N, C, H, W] in -1 ... 1, decoded once; None where latents stay latents."""
+        if self.decoder is None:
+            return self._pictures(score.drawn) if self.networks else None
+        if score.name not in self._seen or self._seen[score.name][0] is not score.drawn:
+            self._seen[score.name] = (score.drawn, self._pictures(score.drawn).half())  # hundreds of large pictures
+        return self._seen[score.name][1].float()
 
     @property
     def count(self) -> int:
@@ -73,8 +107,15 @@ class Drawn(Exam):
         return self.data.conditions().get("class_labels")
 
     def _table(self, scores: Sequence[drawings.Score], seed: int, resamples: int = 1000) -> list[encoders.Row]:
-        made = [drawings.samples(score, scores[0], self.labels, self.judge, self.layout) for score in scores]
+        made = [
+            drawings.samples(score, scores[0], self.labels, self.judge, self.layout, self._both(score, scores[0]))
+            for score in scores
+        ]
         return encoders.table(made, resamples=resamples, seed=seed)
+
+    def _both(self, score: drawings.Score, teacher: drawings.Score) -> tuple[Tensor, Tensor] | None:
+        own, known = self.shown(score), self.shown(teacher)
+        return None if own is None or known is None else (own, known)
 
     def rows(self, scores: Sequence[drawings.Score], seed: int) -> list[schema.Row]:
         found = []
@@ -84,7 +125,8 @@ class Drawn(Exam):
             if score.name == TEACHER:
                 figures.pop("retained", None)
                 spans.pop("retained", None)
-            figures |= drawings.of_sets(score, scores[0], self.networks, self.layout)
+            if score.name != TEACHER and (both := self._both(score, scores[0])) is not None:
+                figures |= drawings.of_sets(both, self.networks, self.layout)
             if score.error_MS is not None and self.studio.way is not None:
                 figures["by_timestep"] = dict(zip(self.studio.way.times, score.error_MS.mean(0).tolist()))
             timed = scores if score.name == TEACHER else [score]  # the teacher was timed in turns with the student
@@ -105,7 +147,9 @@ class Drawn(Exam):
         return score
 
     def few(self, most: int) -> Drawn:
-        return Drawn(self.data.take(0, most), self.plan, self.scheduler, self.noising)
+        return Drawn(
+            self.data.take(0, most), self.plan, self.scheduler, self.noising, decoder=self.decoder, why=self.why
+        )
 
     def follow(self, scores: Sequence[drawings.Score]) -> float:
         return float((scores[-1].drawn - scores[0].drawn).square().flatten(1).mean(1).sqrt().mean())
@@ -175,12 +219,28 @@ class Diffusion(Task):
         if not hasattr(self.processor, "step"):
             raise InputError("this model came without a scheduler: pass one, convert(..., tokenizer=scheduler)")
         words = f"{name}: {len(data)} drawings of {plan.eval.steps} steps from the same noise, no guidance"
-        exam = Drawn(data, plan, self.processor, self.noising, words)
-        if exam.judge is not None:
-            exam.words += f"; seen by {exam.judge.name} and {judges.Random.name}"
+        decoder, why = self._decoder(data)
+        exam = Drawn(data, plan, self.processor, self.noising, words, decoder, why)
+        if decoder is not None:
+            exam.words += ", decoded"
+        if exam.networks:
+            names = [network.name for network in (exam.judge, exam.networks["random"]) if network is not None]
+            exam.words += f"; seen by {' and '.join(names)}"
         if exam.layout is not None:
             exam.words += f", picture by picture: mosaics laid out {exam.layout.text}"
         return exam
+
+    def _decoder(self, data: Latents) -> tuple[Decoder | None, str]:
+        """(what makes pictures of the model's latents or None, why there is none)."""
+        try:
+            found = Decoder.of(self.plan.model.id, self.plan.model.revision)
+        except (InputError, Unsupported) as error:
+            return None, str(error)
+        if found is not None and not found.takes(self.model, data.clean, data.shared):
+            return None, f"{type(self.model).__name__} arranges its latents in a way that is not decoded here"
+        if found is not None:
+            found.vae.to(next(self.model.parameters()).device)
+        return found, ""
 
     @property
     def zero(self) -> list[tuple[str, str, dict[str, Any]]]:
@@ -195,8 +255,9 @@ class Diffusion(Task):
 
     def diagnostics(self, surgery: Surgery, exam: Exam) -> looks.Diagnostics:
         assert isinstance(exam, Drawn)
-        rows = {n: exam.studio.known[n].drawn for n in (TEACHER, "swapped", STUDENT) if n in exam.studio.known}
-        if exam.judge is None or not rows:
+        known = {n: exam.studio.known[n] for n in (TEACHER, "swapped", STUDENT) if n in exam.studio.known}
+        rows = {n: pictures for n, score in known.items() if (pictures := exam.shown(score)) is not None}
+        if not rows:
             return looks.Diagnostics()
         return looks.Diagnostics(grid=sheet(list(rows.values()), SHOWN), grid_rows=list(rows))
 
