@@ -1,12 +1,12 @@
 """Gated linear attention in chunks, plain torch: O(T), any device, differentiable once.
 
 A chunk whose gates keep more than exp(-MILD) of everything is one matrix product: queries times exp(G), keys times
-exp(-G), G summed from the chunk's start (Lizard's form, 2507.09025). In any other, blocks are merged in pairs, 1 + 1,
-2 + 2, ... tokens. Queries carry what they faded since their block began, keys what they will have faded when theirs
-ends; later queries on earlier keys of a pair are then one matrix product. There only exponentials of sums of log gates
-occur, all at most 1: no exp(-G) and no differences of sums, so that strong gates neither overflow nor lose digits.
-GLA's secondary chunks (2312.06635) take differences; here log2(chunk) rounds of O(TF) stand in their place. The state
-changes by expm1: float32 rounds gates near 1 badly.
+exp(-G), G summed from its start (Lizard's form, 2507.09025). Any other is halved, and halved again. In a quarter
+that still fades by more, blocks are merged in pairs, 1 + 1, 2 + 2, ... tokens. Queries carry what they faded since
+their block began, keys what they will have faded when theirs ends; later queries on earlier keys of a pair are then one
+matrix product. There only exponentials of sums of log gates occur, all at most 1: no exp(-G) and no differences of
+sums, so that strong gates neither overflow nor lose digits. GLA's secondary chunks (2312.06635) take differences; here
+log2(chunk) rounds of O(TF) stand in their place. The state changes by expm1: float32 rounds gates near 1 badly.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ def gated_linear_torch(
 
 
 def _loop(q, k, v, g, state: Tensor, segments_BT: Tensor | None, chunk: int) -> tuple[Tensor, Tensor]:
-    T, outs = k.shape[-2], []
+    outs, stop = [], 0
     last_B1 = None if segments_BT is None else segments_BT[:, :1]
     # Split, not sliced: the gradient of a slice is as long as the sequence, and of as many slices quadratic.
-    pieces = zip(*(x.split(chunk, -2) for x in (q, k, g, v)), strict=True)
-    for start, (*parts, v_C) in zip(range(0, T, chunk), pieces, strict=True):
-        part = slice(start, start + v_C.shape[-2])
+    sizes = _sizes(g, chunk)
+    for *parts, v_C in zip(*(x.split(sizes, -2) for x in (q, k, g, v)), strict=True):
+        part = slice(stop, stop := stop + v_C.shape[-2])
         weights, from_start, to_end = _mild_chunk(*parts) if mild(parts[-1]) else _chunk(*parts)
         carried = state
         if segments_BT is not None:
@@ -73,6 +73,20 @@ def _loop(q, k, v, g, state: Tensor, segments_BT: Tensor | None, chunk: int) -> 
         outs.append(weights @ v_C + from_start @ state)
         state = _faded(carried, parts[-1]) + to_end.mT @ v_C
     return torch.cat(outs, -2) if len(outs) > 1 else outs[0], state
+
+
+def _sizes(g_TF: Tensor, chunk: int) -> list[int]:
+    """Tokens of each chunk: `chunk`, or half or a quarter of it where gates fade too much for one product of more."""
+    few, sizes = max(1, chunk // 4), []
+    todo = list(g_TF.detach().split(chunk, -2))[::-1]
+    while todo:
+        part = todo.pop()
+        C = part.shape[-2]
+        if few >= C or part.shape[-1] == 1 or not _readable(part) or mild(part):
+            sizes.append(C)
+        else:
+            todo += part.split(-(-C // 2), -2)[::-1]
+    return sizes
 
 
 def _faded(state: Tensor, g_CF: Tensor) -> Tensor:
@@ -112,14 +126,17 @@ def _blocks(q, k, v, g, state: Tensor, segments_BT: Tensor | None, chunk: int) -
 
 def mild(g_CF: Tensor) -> bool:
     """Whether these gates fade so little. Asked only where the answer does not stop a device or a tracer."""
-    known = g_CF.device.type == "cpu" and not torch.compiler.is_compiling()
-    return known and g_CF.shape[-1] > 1 and float(g_CF.detach().sum(-2).amin()) > -MILD
+    return _readable(g_CF) and g_CF.shape[-1] > 1 and float(g_CF.detach().sum(-2).amin()) > -MILD
+
+
+def _readable(x: Tensor) -> bool:
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _mild_chunk(q_CF: Tensor, k_CF: Tensor, g_CF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     kept_CF = g_CF.cumsum(-2).exp()
-    late_q, early_k = q_CF * kept_CF, k_CF * kept_CF.reciprocal()
-    return (late_q @ early_k.mT).tril(), late_q, early_k * kept_CF[..., -1:, :]
+    late_q, early_k = q_CF * kept_CF, k_CF / kept_CF
+    return (late_q @ early_k.mT).tril(), late_q, early_k * g_CF.sum(-2, keepdim=True).exp()
 
 
 def _chunk(q_CF: Tensor, k_CF: Tensor, g_CF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
