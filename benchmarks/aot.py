@@ -16,16 +16,20 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from linearize.ops.mapped_linear import kernels
-from linearize.ops.mapped_linear.triton import SCANNED, constants, tiles
+from linearize.ops import _triton, gated_linear, mapped_linear
+from linearize.ops.gated_linear import kernels as gated_kernels
+from linearize.ops.gated_linear import triton as gated
+from linearize.ops.mapped_linear import kernels as mapped_kernels
+from linearize.ops.mapped_linear import triton as mapped
 
 FILE = Path(__file__).parent / "kernels.json"
 TARGETS = {
@@ -36,71 +40,119 @@ TARGETS = {
 #: bytes of shared memory that a block may have
 SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
-#: pointers that are always of one type; others are of the inputs' type
-FLOATS = {"mass", "d_mass", "states", "new", "added", "first", "before", "last", "b_q", "b_k", "bias"}
-NUMBERS = {"T", "H", "J", "R", "E", "size", "chunks"}
-STRIDE = re.compile(r"s[qkvxy]_[bht]$")
-#: (kernel, its own settings)
-KERNELS: list[tuple[str, dict[str, Any]]] = [
-    ("sums", {"BACK": False}),
-    ("sums", {"BACK": True}),
-    ("scan", {"BACK": False, "GIVEN": True, "BLOCK": SCANNED}),
-    ("forward", {}),
-    ("back_q", {}),
-    ("back_k", {}),
-    ("back_v", {}),
-    ("step", {"BV": 16, "GIVEN": True}),
-]
-#: (type, head size); the larger one is refused where shared memory is small, as on sm_80
-SHAPES = [(torch.bfloat16, 64), (torch.bfloat16, 128)]
-REFUSED = {("sm_80", 128)}
+STRIDE = re.compile(r"s[qkvgxy]_[bht]$")
+B16, F32 = torch.bfloat16, torch.float32
 
 
-def configurations() -> list[tuple[str, str, torch.dtype, int, dict[str, Any]]]:
-    """(name, kernel, type, head size, settings) of all that is shipped."""
-    found = []
-    for dtype, size in SHAPES:
-        for kernel, own in KERNELS:
-            name = " ".join(["mapped_linear", kernel, str(dtype).removeprefix("torch."), str(size)])
-            found.append((name + (" backward" if own.get("BACK") else ""), kernel, dtype, size, own))
-    return found
+class Kernel(NamedTuple):
+    """One shipped configuration: pointers are of `dtype`, those in `floats` float32. make(roomy, hip): compile-time
+    arguments (those the kernel does not have are left out) and warps. without: targets on which it is refused."""
+
+    name: str
+    function: Any
+    dtype: torch.dtype
+    floats: frozenset[str]
+    make: Callable[[bool, bool], tuple[dict[str, Any], int]]
+    without: tuple[str, ...] = ()
+
+
+def of_mapped_linear() -> Iterator[Kernel]:
+    """The larger heads are refused where shared memory is small, as on sm_80."""
+    kernels = [
+        ("sums", {"BACK": False}),
+        ("sums", {"BACK": True}),
+        ("scan", {"BACK": False, "GIVEN": True, "BLOCK": mapped.SCANNED}),
+        ("forward", {}),
+        ("back_q", {}),
+        ("back_k", {}),
+        ("back_v", {}),
+        ("step", {"BV": 16, "GIVEN": True}),
+    ]
+    floats = {"mass", "d_mass", "states", "new", "added", "first", "before", "last", "b_q", "b_k", "bias"}
+    flags = {"MAPPED": True, "BIASED": False, "VALID": True, "DOCUMENTS": True}
+    for size in (64, 128):
+        for kernel, own in kernels:
+
+            def make(roomy: bool, hip: bool, size=size, own=own, kernel=kernel):
+                at = mapped.tiles(size, roomy, hip)
+                fixed = mapped.constants("split_softmax", B16, size, size, size, at, hip)
+                return {**fixed, **flags, **own}, 4 if kernel == "step" else at.warps
+
+            name = f"mapped_linear {kernel} bfloat16 {size}" + (" backward" if own.get("BACK") else "")
+            own_floats = {"sums": {"out"}, "step": {"w_q", "w_k"}}.get(kernel, set())
+            without = ("sm_80",) if size == 128 else ()
+            yield Kernel(name, getattr(mapped_kernels, kernel), B16, frozenset(floats | own_floats), make, without)
+
+
+def of_gated_linear() -> Iterator[Kernel]:
+    """Tiles of features and of v: sizes change nothing but how many there are."""
+    kernels = [
+        (B16, "gates", {}),
+        (B16, "sums", {"BACK": False}),
+        (B16, "sums", {"BACK": True}),
+        (B16, "scan", {"BACK": False, "GIVEN": True, "BLOCK": gated.SCANNED}),
+        (B16, "forward", {}),
+        (B16, "back_q", {}),
+        (B16, "back_k", {}),
+        (B16, "back_v", {}),
+        (B16, "back_g", {}),
+        (B16, "step", {"BV": gated.STEPPED, "GIVEN": True, "BF": 128}),
+        (F32, "forward", {}),
+        (F32, "forward", {"NARROW": True}),
+        (F32, "back_q", {}),
+        (F32, "back_k", {}),
+        (F32, "back_q", {"NARROW": True}),
+        (F32, "back_k", {"NARROW": True}),
+        (F32, "back_v", {}),
+    ]
+    floats = {"mass", "g", "states", "d_states", "out", "faded", "added", "first", "before", "last", "num", "new"}
+    floats |= {"d_num", "d_mass", "d_g", "passed", "of_q", "of_k"}
+    for dtype, kernel, own in kernels:
+
+        def make(roomy: bool, hip: bool, dtype=dtype, own=own, kernel=kernel):
+            at = gated.tiles(dtype, roomy or hip)
+            fixed = gated.constants(dtype, 128, 128, False, at, hip)
+            return {**fixed, "DOCUMENTS": True, **own}, 4 if kernel in ("scan", "step", "back_g") else at.warps
+
+        kind = "backward" if own.get("BACK") else "per head" if own.get("NARROW") else ""
+        name = f"gated_linear {kernel} {str(dtype).removeprefix('torch.')} 128 {kind}".strip()
+        yield Kernel(name, getattr(gated_kernels, kernel), dtype, frozenset(floats), make)
+
+
+#: all that is shipped
+KERNELS = [*of_mapped_linear(), *of_gated_linear()]
 
 
 def source_hash() -> str:
-    folder = Path(kernels.__file__).parent
-    texts = [(folder / name).read_bytes() for name in ("kernels.py", "triton.py")]
-    return hashlib.sha256(b"".join([*texts, Path(__file__).read_bytes(), triton.__version__.encode()])).hexdigest()
+    folders = [Path(op.__file__).parent for op in (gated_linear, mapped_linear)]
+    files = [folder / name for folder in folders for name in ("kernels.py", "triton.py")]
+    texts = [file.read_bytes() for file in (*files, Path(_triton.__file__), Path(__file__))]
+    return hashlib.sha256(b"".join([*texts, triton.__version__.encode()])).hexdigest()
 
 
-def compiled(kernel: str, dtype: torch.dtype, size: int, own: dict[str, Any], target: str) -> Any:
-    function, hip = getattr(kernels, kernel), target.startswith("gfx")
-    at = tiles(size, target != "sm_80", hip)
-    flags = {"MAPPED": True, "BIASED": False, "VALID": True, "DOCUMENTS": True}
-    wanted = {**constants("split_softmax", dtype, size, size, size, at, hip), **flags, **own}
-    fixed = {name: value for name, value in wanted.items() if name in function.arg_names}
+def compiled(kernel: Kernel, target: str) -> Any:
+    function, names = kernel.function, kernel.function.arg_names
+    wanted, warps = kernel.make(target == "sm_90", target.startswith("gfx"))
+    fixed = {name: value for name, value in wanted.items() if name in names}
 
     def kind(name: str) -> str:
         if name in fixed:
             return "constexpr"
-        if name in NUMBERS or STRIDE.match(name):
-            return "i32"
-        if name == "eps" or name in FLOATS or (name == "out" and kernel == "sums"):
+        if name == "eps" or name in kernel.floats:
             return "fp32" if name == "eps" else "*fp32"
-        if kernel == "step" and name in ("w_q", "w_k"):
-            return "*fp32"
-        return {"valid": "*i1", "segments": "*i64"}.get(name, POINTERS[dtype])
+        if STRIDE.match(name) or name.isupper() or name in ("size", "chunks"):
+            return "i32"
+        return {"valid": "*i1", "segments": "*i64"}.get(name, POINTERS[kernel.dtype])
 
-    signature = {name: kind(name) for name in function.arg_names}
+    signature = {name: kind(name) for name in names}
     aligned = {
         (i,): [["tt.divisibility", 16]]
-        for i, name in enumerate(function.arg_names)
+        for i, name in enumerate(names)
         if signature[name].startswith("*") or STRIDE.match(name)
     }
-    places = {(function.arg_names.index(name),): value for name, value in fixed.items()}
+    places = {(names.index(name),): value for name, value in fixed.items()}
     source = ASTSource(fn=function, signature=signature, constexprs=places, attrs=aligned)
-    return triton.compile(
-        source, target=TARGETS[target], options={"num_warps": at.warps if kernel != "step" else 4, "num_stages": 1}
-    )
+    return triton.compile(source, target=TARGETS[target], options={"num_warps": warps, "num_stages": 1})
 
 
 def resources(made: Any, target: str) -> dict[str, int]:
@@ -136,10 +188,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     check, start, table = parser.parse_args().check, time.perf_counter(), {}
-    for name, kernel, dtype, size, own in configurations():
+    for kernel in KERNELS:
         for target in TARGETS:
-            if (target, size) not in REFUSED:
-                table[f"{target} {name}"] = resources(compiled(kernel, dtype, size, own, target), target)
+            if target not in kernel.without:
+                table[f"{target} {kernel.name}"] = resources(compiled(kernel, target), target)
     lines = problems(table)
     made = {"triton": triton.__version__, "source": source_hash(), "kernels": table}
     if check and json.loads(FILE.read_text()) != made:

@@ -4,9 +4,9 @@ GLA (2312.06635) section 4, on [v, 1] as LAWCAT (2509.18467) has it; README.md h
 from __future__ import annotations
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 
-from linearize.ops._dispatch import Implementation, choose, compute_dtype
+from linearize.ops._dispatch import Implementation, choose, compute_dtype, kernels_refuse
 from linearize.ops.bidirectional import BidirectionalOutput
 from linearize.ops.bidirectional.torch import late
 from linearize.ops.gated_linear.reference import gated_linear_reference, gated_weights
@@ -16,11 +16,43 @@ from linearize.ops.linear import LinearOutput
 __all__ = ["IMPLEMENTATIONS", "gated_bidirectional", "gated_linear", "gated_weights"]
 
 
+def _cast(q, k, v, *rest):
+    dtype = compute_dtype(q, k, v)
+    return [None if x is None else x.to(dtype) for x in (q, k, v, *rest)]
+
+
+def _split(out: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return out[..., :-1], out[..., -1], state
+
+
+def _torch(q, k, v, log_gate, state, segments, chunk):
+    return _split(*gated_linear_torch(*_cast(q, k, v, log_gate, state), segments, chunk))
+
+
 def _reference(q, k, v, log_gate, state, segments, chunk):
-    return gated_linear_reference(q, k, v, log_gate, state, segments)
+    return _split(*gated_linear_reference(*_cast(q, k, v, log_gate, state), segments))
 
 
-IMPLEMENTATIONS = (Implementation("torch", gated_linear_torch), Implementation("reference", _reference))
+def _triton(q, k, v, log_gate, state, segments, chunk):
+    from linearize.ops.gated_linear.triton import gated_linear_triton, step_triton
+
+    log_gate = log_gate.expand(*k.shape[:2], -1, -1)
+    trains = is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, log_gate, state))
+    if q.shape[2] == 1 and segments is None and not trains:
+        return step_triton(q, k, v, log_gate, state)
+    return gated_linear_triton(q, k, v, log_gate, state, segments)
+
+
+def _triton_refuses(q, k, v, *rest) -> str | None:
+    reasons = (kernels_refuse(x, x.shape[-1], largest=256) for x in (q, k, v))
+    return next((reason for reason in reasons if reason), None)
+
+
+IMPLEMENTATIONS = (
+    Implementation("triton", _triton, _triton_refuses, device="cuda"),
+    Implementation("torch", _torch),
+    Implementation("reference", _reference),
+)
 
 
 def gated_linear(
@@ -41,17 +73,14 @@ def gated_linear(
     last axis of 1 (a gate per head) much is saved. Token t's gate fades what was before it, not its own key. Padding
     is a key of zeros and a log gate of 0.
     state: float32 (float64 for float64 inputs) [B, J, F, V+1], the normaliser in its last column. segments_BT:
-    document numbers; documents never read each other, `state` belongs to the first one.
+    document numbers; documents never read each other, `state` belongs to the first one. chunk: tokens at a time of
+    impl "torch"; kernels have their own.
     Everything is accumulated in float32 or float64. Raises InputError for an unknown or refusing `impl`.
     """
-    dtype = compute_dtype(q_BHTF, k_BJTF, v_BGTV)
-    q, k, v, g = (x.to(dtype) for x in (q_BHTF, k_BJTF, v_BGTV, log_gate))
-    g = g[(None,) * (4 - g.ndim)]
-    g = g.expand(*g.shape[:2], k.shape[2], g.shape[3])
-    state = None if state is None else state.to(dtype)
-    run = choose("gated_linear", IMPLEMENTATIONS, impl, q, k, v, g).run
-    out, state = run(q, k, v, g, state, segments_BT, chunk)
-    return LinearOutput(out[..., :-1], out[..., -1], state)
+    g = log_gate[(None,) * (4 - log_gate.ndim)].to(compute_dtype(q_BHTF, k_BJTF, v_BGTV))
+    g = g.expand(*g.shape[:2], k_BJTF.shape[2], g.shape[3])
+    run = choose("gated_linear", IMPLEMENTATIONS, impl, q_BHTF, k_BJTF, v_BGTV, g).run
+    return LinearOutput(*run(q_BHTF, k_BJTF, v_BGTV, g, state, segments_BT, chunk))
 
 
 def gated_bidirectional(

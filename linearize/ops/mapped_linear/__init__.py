@@ -51,7 +51,7 @@ def _triton_refuses(q, k, v, w_q, *rest) -> str | None:
     sizes = (q.shape[-1], v.shape[-1], *(() if w_q is None else (w_q.shape[-1],)))
     reason = kernels_refuse(q, *sizes)
     if reason is None and q.is_cuda and max(sizes) > 64:
-        from linearize.ops.mapped_linear.triton import roomy
+        from linearize.ops._triton import roomy
 
         if not roomy(q.device):
             return f"head sizes above 64 need a device with more shared memory, and these are {max(sizes)}"

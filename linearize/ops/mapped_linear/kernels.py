@@ -20,13 +20,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from linearize.ops._triton import document, dot, load, masks, store, within
+
 LEAST = tl.constexpr(1e-12)
 SPLIT_SOFTMAX, EXP, JOINT_SOFTMAX, RELU, ELU = (tl.constexpr(i) for i in range(5))
-
-
-@triton.jit
-def _dot(a, b, DT: tl.constexpr, PREC: tl.constexpr):
-    return tl.dot(a.to(DT), b.to(DT), input_precision=PREC)
 
 
 @triton.jit
@@ -70,35 +67,11 @@ def _phi_back(f, d, sign, MAP: tl.constexpr):
 
 
 @triton.jit
-def _inside(t, T, columns, size: tl.constexpr, B: tl.constexpr):
-    inside = (t < T)[:, None]
-    if size % B != 0:
-        inside = inside & (columns < size)[None, :]
-    return inside
-
-
-@triton.jit
-def _load(x, t, T, first, size: tl.constexpr, B: tl.constexpr, stride):
-    """Rows t, columns first .. first + B of x, 0 outside."""
-    columns = first + tl.arange(0, B)
-    place = x + t[:, None].to(tl.int64) * stride + columns[None, :]
-    return tl.load(place, mask=_inside(t, T, columns, size, B), other=0.0)
-
-
-@triton.jit
-def _store(x, y, t, T, first, size: tl.constexpr, B: tl.constexpr):
-    """To rows t of x [T, size]."""
-    columns = first + tl.arange(0, B)
-    place = x + t[:, None].to(tl.int64) * size + columns[None, :]
-    tl.store(place, y.to(x.dtype.element_ty), mask=_inside(t, T, columns, size, B))
-
-
-@triton.jit
 def _state(s, half, first, C: tl.constexpr, V: tl.constexpr, BC: tl.constexpr, BV: tl.constexpr):
     """Pointers and mask of columns first... of one half of a state [F, V + 1], and those of its normaliser."""
     rows, columns = tl.arange(0, BC), first + tl.arange(0, BV)
     place = s + (half * C + rows) * (V + 1)
-    return place[:, None] + columns[None, :], _inside(rows, C, columns, V, BV), place + V, rows < C
+    return place[:, None] + columns[None, :], within(rows, C, columns, V, BV), place + V, rows < C
 
 
 @triton.jit
@@ -121,7 +94,7 @@ def _features(x, w, bias, head, heads, sign, t, T, K: tl.constexpr, C: tl.conste
     """One half of Phi(x W + b) in DT, 0 behind the end. w [1 or 2, heads, K, C]: the parts whose sum W is."""
     rows, columns = tl.arange(0, BK), tl.arange(0, BC)
     if MAPPED:
-        inside = _inside(rows, K, columns, C, BC)
+        inside = within(rows, K, columns, C, BC)
         place = w + head * K * C + rows[:, None] * C + columns[None, :]
         u = tl.dot(x, tl.load(place, mask=inside, other=0.0).to(x.dtype), input_precision=PREC)
         if SPLIT:
@@ -143,25 +116,6 @@ def _counts(valid, b, t, T, VALID: tl.constexpr):
 
 
 @triton.jit
-def _document(segments, b, t, T):
-    return tl.load(segments + b * T + tl.minimum(tl.maximum(t, 0), T - 1))
-
-
-@triton.jit
-def _masks(segments, b, c, t, T, DOCUMENTS: tl.constexpr, BT: tl.constexpr):
-    """Of a chunk: which keys each query sees, which queries read the state, which keys go on into the next one."""
-    real = t < T
-    sees = (t[:, None] >= t[None, :]) & real[:, None] & real[None, :]
-    reads, goes_on = real, real
-    if DOCUMENTS:
-        now = _document(segments, b, t, T)
-        sees = sees & (now[:, None] == now[None, :])
-        reads = real & (now == _document(segments, b, c * BT - 1, T))
-        goes_on = real & (now == _document(segments, b, c * BT + BT - 1, T))
-    return sees, reads, goes_on
-
-
-@triton.jit
 def sums(x, y, mass, valid, segments, w, bias, out, sx_b, sx_h, sx_t, sy_b, sy_h, sy_t, T, H, J, R, E, chunks, eps,
          K: tl.constexpr, C: tl.constexpr, V: tl.constexpr, MAP: tl.constexpr, HALVES: tl.constexpr,
          MAPPED: tl.constexpr, BIASED: tl.constexpr, VALID: tl.constexpr, DOCUMENTS: tl.constexpr,
@@ -172,25 +126,25 @@ def sums(x, y, mass, valid, segments, w, bias, out, sx_b, sx_h, sx_t, sy_b, sy_h
     first, half = (tl.program_id(1) // HALVES) * BV, tl.program_id(1) % HALVES
     b, j, sign = bj // J, bj % J, 1.0 - 2.0 * half
     t = c * BT + tl.arange(0, BT)
-    _, reads, goes_on = _masks(segments, b, c, t, T, DOCUMENTS, BT)
+    _, reads, goes_on = masks(segments, b, c, t, T, DOCUMENTS, BT)
     kv, z = tl.zeros([BC, BV], tl.float32), tl.zeros([BC], tl.float32)
     if BACK:
         for r in tl.range(R, disable_licm=True):
             h = j * R + r
-            q = _load(x + b * sx_b + h * sx_h, t, T, 0, K, BK, sx_t)
+            q = load(x + b * sx_b + h * sx_h, t, T, 0, K, BK, sx_t)
             f = _features(q, w, bias, h, H, sign, t, T, K, C, MAP, MAPPED, BIASED, SPLIT, DT, PREC, BK,
                           BC)  # fmt: skip
             f = tl.where(reads[:, None], f, 0.0).to(DT)
-            d = _load(y + b * sy_b + h * sy_h, t, T, first, V, BV, sy_t)
+            d = load(y + b * sy_b + h * sy_h, t, T, first, V, BV, sy_t)
             m = tl.load(mass + (b * H + h) * T + t, mask=t < T, other=0.0)
-            kv += _dot(tl.trans(f), d, DT, PREC)
+            kv += dot(tl.trans(f), d, DT, PREC)
             z += tl.sum(f.to(tl.float32) * m[:, None], 0)
     else:
-        k = _load(x + b * sx_b + (j // E) * sx_h, t, T, 0, K, BK, sx_t)
+        k = load(x + b * sx_b + (j // E) * sx_h, t, T, 0, K, BK, sx_t)
         f = _features(k, w, bias, j, J, sign, t, T, K, C, MAP, MAPPED, BIASED, SPLIT, DT, PREC, BK,
                       BC)  # fmt: skip
         f = tl.where((goes_on & _counts(valid, b, t, T, VALID))[:, None], f, 0.0).to(DT)
-        kv += _dot(tl.trans(f), _load(y + b * sy_b + (j // E) * sy_h, t, T, first, V, BV, sy_t), DT, PREC)
+        kv += dot(tl.trans(f), load(y + b * sy_b + (j // E) * sy_h, t, T, first, V, BV, sy_t), DT, PREC)
         z += tl.sum(f.to(tl.float32), 0)
     _write_state(out + (bj * chunks + c) * HALVES * C * (V + 1), half, first, kv, z, C, V, BC, BV)
 
@@ -210,7 +164,7 @@ def scan(added, first, segments, before, last, T, J, size, chunks, DOCUMENTS: tl
         more = tl.load(added + here, mask=inside, other=0.0)
         tl.store(before + here, state, mask=inside)
         if DOCUMENTS:
-            lives = _document(segments, b, c * BT - 1, T) == _document(segments, b, c * BT + BT - 1, T)
+            lives = document(segments, b, c * BT - 1, T) == document(segments, b, c * BT + BT - 1, T)
             state = state * lives.to(tl.float32)
         state += more
     tl.store(last + bj * size + at, state, mask=inside)
@@ -233,22 +187,22 @@ def forward(q, k, v, w_q, w_k, b_q, b_k, valid, segments, states, out, mass, sq_
     num, total = tl.zeros([BT, BV], tl.float32), tl.zeros([BT], tl.float32)
     for half in tl.range(HALVES, disable_licm=True):
         sign = 1.0 - 2.0 * half
-        f_q = _load(q, t, T, 0, K, BK, sq_t)
+        f_q = load(q, t, T, 0, K, BK, sq_t)
         f_q = _features(f_q, w_q, b_q, h, H, sign, t, T, K, C, MAP, MAPPED, BIASED, SPLIT, DT, PREC, BK,
                         BC)  # fmt: skip
         kv, z = _read_state(states, half, first, C, V, BC, BV)
-        num += _dot(f_q, kv, DT, PREC)
+        num += dot(f_q, kv, DT, PREC)
         total += tl.sum(f_q.to(tl.float32) * z[None, :], 1)
-        f_k = _load(k, t, T, 0, K, BK, sk_t)
+        f_k = load(k, t, T, 0, K, BK, sk_t)
         f_k = _features(f_k, w_k, b_k, j, J, sign, t, T, K, C, MAP, MAPPED, BIASED, SPLIT, DT, PREC, BK,
                         BC)  # fmt: skip
-        scores += _dot(f_q, tl.trans(f_k), DT, PREC)
-    sees, reads, _ = _masks(segments, b, c, t, T, DOCUMENTS, BT)
+        scores += dot(f_q, tl.trans(f_k), DT, PREC)
+    sees, reads, _ = masks(segments, b, c, t, T, DOCUMENTS, BT)
     scores = tl.where(sees & _counts(valid, b, t, T, VALID)[None, :], scores, 0.0)
     num, total = tl.where(reads[:, None], num, 0.0), tl.where(reads, total, 0.0)
-    num += _dot(scores, _load(v + b * sv_b + (j // E) * sv_h, t, T, first, V, BV, sv_t), DT, PREC)
+    num += dot(scores, load(v + b * sv_b + (j // E) * sv_h, t, T, first, V, BV, sv_t), DT, PREC)
     total += tl.sum(scores, 1)
-    _store(out + bh * T * V, num / (total + eps)[:, None], t, T, first, V, BV)
+    store(out + bh * T * V, num / (total + eps)[:, None], t, T, first, V, BV)
     tl.store(mass + bh * T + t, total, mask=(t < T) & (first == 0))
 
 
@@ -265,23 +219,23 @@ def back_q(q, k, v, w_q, w_k, b_q, b_k, valid, segments, states, d_num, d_mass, 
     q += b * sq_b + h * sq_h
     k += b * sk_b + (j // E) * sk_h
     states += ((b * J + j) * chunks + c) * HALVES * C * (V + 1)
-    sees, reads, _ = _masks(segments, b, c, t, T, DOCUMENTS, BT)
-    d_n = _load(d_num + bh * T * V, t, T, first, V, BV, V)
+    sees, reads, _ = masks(segments, b, c, t, T, DOCUMENTS, BT)
+    d_n = load(d_num + bh * T * V, t, T, first, V, BV, V)
     d_m = tl.load(d_mass + bh * T + t, mask=(t < T) & (first == 0), other=0.0)  # the mass is the first block's
-    values = _load(v + b * sv_b + (j // E) * sv_h, t, T, first, V, BV, sv_t)
-    d_scores = _dot(d_n, tl.trans(values), DT, PREC) + d_m[:, None]
+    values = load(v + b * sv_b + (j // E) * sv_h, t, T, first, V, BV, sv_t)
+    d_scores = dot(d_n, tl.trans(values), DT, PREC) + d_m[:, None]
     d_scores = tl.where(sees & _counts(valid, b, t, T, VALID)[None, :], d_scores, 0.0).to(DT)
     d_n, d_m = tl.where(reads[:, None], d_n, 0.0).to(d_n.dtype), tl.where(reads, d_m, 0.0)
     d, both, mass = tl.zeros([BT, BC], tl.float32), tl.zeros([BT, BC], tl.float32), tl.zeros([BT], tl.float32)
     for half in tl.range(HALVES, disable_licm=True):
         sign = 1.0 - 2.0 * half
         kv, z = _read_state(states, half, first, C, V, BC, BV)
-        d_f = _dot(d_n, tl.trans(kv), DT, PREC) + d_m[:, None] * z[None, :]
-        f_k = _load(k, t, T, 0, K, BK, sk_t)
+        d_f = dot(d_n, tl.trans(kv), DT, PREC) + d_m[:, None] * z[None, :]
+        f_k = load(k, t, T, 0, K, BK, sk_t)
         f_k = _features(f_k, w_k, b_k, j, J, sign, t, T, K, C, MAP, MAPPED, BIASED, SPLIT, DT, PREC, BK,
                         BC)  # fmt: skip
-        d_f += _dot(d_scores, f_k, DT, PREC)
-        f_q = _load(q, t, T, 0, K, BK, sq_t)
+        d_f += dot(d_scores, f_k, DT, PREC)
+        f_q = load(q, t, T, 0, K, BK, sq_t)
         f_q = _features(f_q, w_q, b_q, h, H, sign, t, T, K, C, MAP, MAPPED, BIASED, SPLIT, DT, PREC, BK,
                         BC)  # fmt: skip
         f_q = f_q.to(tl.float32)
@@ -291,7 +245,7 @@ def back_q(q, k, v, w_q, w_k, b_q, b_k, valid, segments, states, d_num, d_mass, 
             mass += tl.sum(f_q * d_f, 1)
     if MAP == JOINT_SOFTMAX:
         d = 2 * (d - both * mass[:, None])
-    _store(d_u + (block * tl.num_programs(2) + bh) * T * C, d, t, T, 0, C, BC)
+    store(d_u + (block * tl.num_programs(2) + bh) * T * C, d, t, T, 0, C, BC)
 
 
 @triton.jit
@@ -305,7 +259,7 @@ def back_k(q, k, v, w_q, w_k, b_q, b_k, valid, segments, states, d_num, d_mass, 
     t = c * BT + tl.arange(0, BT)
     k += b * sk_b + (j // E) * sk_h
     states += (bj * chunks + c) * HALVES * C * (V + 1)
-    sees, _, goes_on = _masks(segments, b, c, t, T, DOCUMENTS, BT)
+    sees, _, goes_on = masks(segments, b, c, t, T, DOCUMENTS, BT)
     counts = _counts(valid, b, t, T, VALID)
     sees, goes_on = sees & counts[None, :], (goes_on & counts)[:, None]
     v += b * sv_b + (j // E) * sv_h
@@ -313,20 +267,20 @@ def back_k(q, k, v, w_q, w_k, b_q, b_k, valid, segments, states, d_num, d_mass, 
     for half in tl.range(HALVES, disable_licm=True):
         sign = 1.0 - 2.0 * half
         kv, z = _read_state(states, half, first, C, V, BC, BV)
-        d_f = _dot(_load(v, t, T, first, V, BV, sv_t), tl.trans(kv), DT, PREC)
+        d_f = dot(load(v, t, T, first, V, BV, sv_t), tl.trans(kv), DT, PREC)
         d_f = tl.where(goes_on, d_f + tl.where(first == 0, z[None, :], 0.0), 0.0)
         for r in tl.range(R, disable_licm=True):
             h = j * R + r
             bh = b * H + h
-            d_n = _load(d_num + bh * T * V, t, T, first, V, BV, V)
+            d_n = load(d_num + bh * T * V, t, T, first, V, BV, V)
             d_m = tl.load(d_mass + bh * T + t, mask=(t < T) & (first == 0), other=0.0)
-            d_scores = _dot(d_n, tl.trans(_load(v, t, T, first, V, BV, sv_t)), DT, PREC) + d_m[:, None]
+            d_scores = dot(d_n, tl.trans(load(v, t, T, first, V, BV, sv_t)), DT, PREC) + d_m[:, None]
             d_scores = tl.trans(tl.where(sees, d_scores, 0.0).to(DT))
-            f_q = _load(q + b * sq_b + h * sq_h, t, T, 0, K, BK, sq_t)
+            f_q = load(q + b * sq_b + h * sq_h, t, T, 0, K, BK, sq_t)
             f_q = _features(f_q, w_q, b_q, h, H, sign, t, T, K, C, MAP, MAPPED, BIASED, SPLIT, DT, PREC, BK,
                             BC)  # fmt: skip
-            d_f += _dot(d_scores, f_q, DT, PREC)
-        f_k = _load(k, t, T, 0, K, BK, sk_t)
+            d_f += dot(d_scores, f_q, DT, PREC)
+        f_k = load(k, t, T, 0, K, BK, sk_t)
         f_k = _features(f_k, w_k, b_k, j, J, sign, t, T, K, C, MAP, MAPPED, BIASED, SPLIT, DT, PREC, BK,
                         BC)  # fmt: skip
         f_k = f_k.to(tl.float32)
@@ -337,7 +291,7 @@ def back_k(q, k, v, w_q, w_k, b_q, b_k, valid, segments, states, d_num, d_mass, 
     if MAP == JOINT_SOFTMAX:
         d = 2 * (d - both * mass[:, None])
     d = tl.where(counts[:, None], d, 0.0)
-    _store(d_u + (block * tl.num_programs(2) + bj) * T * C, d, t, T, 0, C, BC)
+    store(d_u + (block * tl.num_programs(2) + bj) * T * C, d, t, T, 0, C, BC)
 
 
 @triton.jit
@@ -351,26 +305,26 @@ def back_v(q, k, w_q, w_k, b_q, b_k, valid, segments, states, d_num, d_v, sq_b, 
     t = c * BT + tl.arange(0, BT)
     k += b * sk_b + (j // E) * sk_h
     states += (bj * chunks + c) * HALVES * C * (V + 1)
-    sees, _, goes_on = _masks(segments, b, c, t, T, DOCUMENTS, BT)
+    sees, _, goes_on = masks(segments, b, c, t, T, DOCUMENTS, BT)
     counts = _counts(valid, b, t, T, VALID)
     sees, goes_on = sees & counts[None, :], (goes_on & counts)[:, None]
     d_values = tl.zeros([BT, BV], tl.float32)
     for half in tl.range(HALVES, disable_licm=True):
         sign = 1.0 - 2.0 * half
-        f_k = _load(k, t, T, 0, K, BK, sk_t)
+        f_k = load(k, t, T, 0, K, BK, sk_t)
         f_k = _features(f_k, w_k, b_k, j, J, sign, t, T, K, C, MAP, MAPPED, BIASED, SPLIT, DT, PREC, BK,
                         BC)  # fmt: skip
         kv, _z = _read_state(states, half, first, C, V, BC, BV)
-        d_values += tl.where(goes_on, _dot(f_k, kv, DT, PREC), 0.0)
+        d_values += tl.where(goes_on, dot(f_k, kv, DT, PREC), 0.0)
         for r in tl.range(R, disable_licm=True):
             h = j * R + r
-            f_q = _load(q + b * sq_b + h * sq_h, t, T, 0, K, BK, sq_t)
+            f_q = load(q + b * sq_b + h * sq_h, t, T, 0, K, BK, sq_t)
             f_q = _features(f_q, w_q, b_q, h, H, sign, t, T, K, C, MAP, MAPPED, BIASED, SPLIT, DT, PREC, BK,
                             BC)  # fmt: skip
-            scores = tl.where(sees, _dot(f_q, tl.trans(f_k), DT, PREC), 0.0).to(DT)
-            d_n = _load(d_num + (b * H + h) * T * V, t, T, first, V, BV, V)
-            d_values += _dot(tl.trans(scores), d_n, DT, PREC)
-    _store(d_v + bj * T * V, d_values, t, T, first, V, BV)
+            scores = tl.where(sees, dot(f_q, tl.trans(f_k), DT, PREC), 0.0).to(DT)
+            d_n = load(d_num + (b * H + h) * T * V, t, T, first, V, BV, V)
+            d_values += dot(tl.trans(scores), d_n, DT, PREC)
+    store(d_v + bj * T * V, d_values, t, T, first, V, BV)
 
 
 @triton.jit

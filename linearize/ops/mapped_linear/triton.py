@@ -6,10 +6,10 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
 from linearize.ops._maps import MAPS
+from linearize.ops._triton import TYPES, padded, precision, roomy, rows
 from linearize.ops.mapped_linear import kernels
 from linearize.ops.mapped_linear.operator import Passes, build
 
@@ -17,19 +17,6 @@ from linearize.ops.mapped_linear.operator import Passes, build
 SCANNED = 512
 #: the map's number in the kernels
 _NUMBERS = {"split_softmax": 0, "exp": 1, "joint_softmax": 2, "t2r": 3, "relu": 3, "elu": 4}
-_TYPES = {torch.float32: tl.float32, torch.float16: tl.float32, torch.bfloat16: tl.bfloat16}
-
-
-def padded(size: int) -> int:
-    return max(16, 1 << (size - 1).bit_length())
-
-
-def precision(dtype: torch.dtype, hip: bool) -> str:
-    """Of products of float32 operands: on NVIDIA three tf32 ones together, which are as exact as float32 and keep the
-    tensor cores; for float16 inputs a single one, which has their precision and float32's range."""
-    if hip or dtype == torch.bfloat16:
-        return "ieee"
-    return "tf32" if dtype == torch.float16 else "tf32x3"
 
 
 class Tiles(NamedTuple):
@@ -38,10 +25,6 @@ class Tiles(NamedTuple):
     tokens: int
     columns: int
     warps: int
-
-
-#: bytes of shared memory of a block that the larger tiles need
-ROOMY = 192 * 1024
 
 
 def tiles(largest: int, roomy: bool, hip: bool) -> Tiles:
@@ -58,10 +41,6 @@ def _here(q: Tensor, largest: int) -> Tiles:
     return tiles(largest, hip or roomy(q.device), hip)
 
 
-def roomy(device: torch.device) -> bool:
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= ROOMY
-
-
 INTERPRETED = Tiles(32, 16, 1)
 
 
@@ -71,7 +50,7 @@ def constants(name: str, dtype: torch.dtype, K: int, C: int, V: int, at: Tiles, 
         "MAP": _NUMBERS[name],
         "HALVES": MAPS[name].factor,
         "SPLIT": dtype in (torch.bfloat16, torch.float16),
-        "DT": _TYPES[dtype],
+        "DT": TYPES[dtype],
         "PREC": precision(dtype, hip),
         "BT": at.tokens,
         "BV": min(at.columns, padded(V)),
@@ -87,9 +66,6 @@ class _Call:
     """Sizes, strides and constants of one call."""
 
     def __init__(self, q, k, v, w_q, w_k, b_q, b_k, valid, segments, name: str, key_heads: int) -> None:
-        def rows(x: Tensor) -> Tensor:
-            return x if x.stride(-1) == 1 else x.contiguous()
-
         self.q, self.k, self.v = rows(q), rows(k), rows(v)
         self.like, self.name = q, name
         B, self.H, self.T, self.K = q.shape
