@@ -18,6 +18,13 @@ def padded(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
+def lowest(*dtypes: torch.dtype) -> torch.dtype:
+    """What products are as exact as: bfloat16 where all are, float16 (of float32's range) where any has 16 bits."""
+    if all(dtype == torch.bfloat16 for dtype in dtypes):
+        return torch.bfloat16
+    return torch.float16 if any(dtype.itemsize == 2 for dtype in dtypes) else torch.float32
+
+
 def precision(dtype: torch.dtype, hip: bool) -> str:
     """Of products of float32 operands: on NVIDIA three tf32 ones together, which are as exact as float32 and keep the
     tensor cores; for float16 inputs a single one, which has their precision and float32's range."""

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from linearize.ops._triton import TYPES, padded, precision, roomy, rows
+from linearize.ops._triton import TYPES, lowest, padded, precision, roomy, rows
 from linearize.ops.gated_linear import kernels
 
 #: elements of a state that one program of `scan` carries
@@ -36,13 +36,6 @@ def tiles(dtype: torch.dtype, roomy: bool) -> Tiles:
 
 
 INTERPRETED = Tiles(32, 32, 32, 1)
-
-
-def lowest(*dtypes: torch.dtype) -> torch.dtype:
-    """What products are as exact as: bfloat16 where all are, float16 (of float32's range) where any has 16 bits."""
-    if all(dtype == torch.bfloat16 for dtype in dtypes):
-        return torch.bfloat16
-    return torch.float16 if any(dtype.itemsize == 2 for dtype in dtypes) else torch.float32
 
 
 def constants(dtype: torch.dtype, F: int, V: int, narrow: bool, at: Tiles, hip: bool = False) -> dict[str, Any]:
