@@ -1,9 +1,9 @@
 """Gated linear attention in chunks, plain torch: O(T), any device, differentiable once.
 
 A chunk whose gates keep more than exp(-MILD) of everything is one matrix product: queries times exp(G), keys times
-exp(-G), G summed from its start (Lizard's form, 2507.09025). Any other is halved, and halved again. In a quarter
-that still fades by more, blocks are merged in pairs, 1 + 1, 2 + 2, ... tokens. Queries carry what they faded since
-their block began, keys what they will have faded when theirs ends; later queries on earlier keys of a pair are then one
+exp(-G), G summed from its start (Lizard's form, 2507.09025). One that fades by somewhat more is halved, and halved
+again. In any other, blocks are merged in pairs, 1 + 1, 2 + 2, ... tokens. Queries carry what they faded since their
+block began, keys what they will have faded when theirs ends; later queries on earlier keys of a pair are then one
 matrix product. There only exponentials of sums of log gates occur, all at most 1: no exp(-G) and no differences of
 sums, so that strong gates neither overflow nor lose digits. GLA's secondary chunks (2312.06635) take differences; here
 log2(chunk) rounds of O(TF) stand in their place. The state changes by expm1: float32 rounds gates near 1 badly.
@@ -76,16 +76,16 @@ def _loop(q, k, v, g, state: Tensor, segments_BT: Tensor | None, chunk: int) -> 
 
 
 def _sizes(g_TF: Tensor, chunk: int) -> list[int]:
-    """Tokens of each chunk: `chunk`, or half or a quarter of it where gates fade too much for one product of more."""
+    """Tokens of each chunk: `chunk`, or half or a quarter of it where that makes them mild."""
     few, sizes = max(1, chunk // 4), []
     todo = list(g_TF.detach().split(chunk, -2))[::-1]
     while todo:
         part = todo.pop()
         C = part.shape[-2]
-        if few >= C or part.shape[-1] == 1 or not _readable(part) or mild(part):
-            sizes.append(C)
-        else:
+        if few < C and part.shape[-1] > 1 and _readable(part) and MILD <= _fading(part) < MILD * C / few:
             todo += part.split(-(-C // 2), -2)[::-1]
+        else:
+            sizes.append(C)
     return sizes
 
 
@@ -126,7 +126,11 @@ def _blocks(q, k, v, g, state: Tensor, segments_BT: Tensor | None, chunk: int) -
 
 def mild(g_CF: Tensor) -> bool:
     """Whether these gates fade so little. Asked only where the answer does not stop a device or a tracer."""
-    return _readable(g_CF) and g_CF.shape[-1] > 1 and float(g_CF.detach().sum(-2).amin()) > -MILD
+    return _readable(g_CF) and g_CF.shape[-1] > 1 and _fading(g_CF) < MILD
+
+
+def _fading(g_CF: Tensor) -> float:
+    return -float(g_CF.detach().sum(-2).amin())
 
 
 def _readable(x: Tensor) -> bool:
