@@ -98,7 +98,7 @@ def _attention_flops(surgery: Surgery, grid: tuple[int, ...], text: int) -> tupl
 def _other_flops(model: nn.Module, tokens: int) -> float:
     """Products with weights that every token passes; those of the time's and size's embeddings are passed once."""
     parts = [
-        m.weight.numel() for n, m in model.named_modules()
+        m.in_features * m.out_features for n, m in model.named_modules()
         if isinstance(m, nn.Linear) and not any(word in n for word in ("norm", "emb", "modulation"))
     ]  # fmt: skip
     return 2.0 * tokens * sum(parts)

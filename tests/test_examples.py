@@ -52,6 +52,11 @@ def test_example(name, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     if name == "plug_in.py":
         assert "removed without a trace: True" in done.stdout
+    if name == "lora_beside.py":
+        changed = float(done.stdout.split("draws by ")[1].split()[0])
+        assert changed > 1e-4 and "stays when CLEAR is gone: True" in done.stdout
+    if name == "high_resolution.py":
+        assert "one step at 16 x 16 tokens" in done.stdout and "drawn: (1, 256, 4)" in done.stdout
     if name == "decode_with_a_state.py":
         assert "the same as from the whole prompt: True" in done.stdout
     if name == "attention_pictures.py":
