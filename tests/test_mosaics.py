@@ -11,6 +11,8 @@ from linearize import api
 from linearize.evaluate import drawings, mosaics
 from linearize.evaluate.mosaics import NOTHING, Layout
 from linearize.plan import Plan
+from linearize.report import tables
+from linearize.report.schema import Row
 from linearize.types import InputError
 
 LAYOUT = Layout("ab/ba")
@@ -100,6 +102,16 @@ def test_scores_of_drawings():
     assert own.keys() == {"tiles_seen", "pairs_alike", "top1"} and own["top1"].values_N.tolist() == [1, 1]
     assert other["count_kept"].values_N.tolist() == [1, 1] and other["placement_kept"].values_N.tolist() == [1, 0]
     assert other["top1"].values_N.tolist() == [1, 0] and "agreement" not in other and "cosine" in other
+
+
+def test_the_table_shows_mosaics_and_seconds():
+    teacher = Row(name="teacher", tiles_seen=3.9, accuracy=0.9, image_seconds={4: 0.5, 50: 6.25})
+    student = Row(name="student", tiles_seen=3.5, count_kept=0.75, placement_kept=0.5, image_seconds={4: 0.25, 50: 3})
+    table = tables.encoder_table([teacher, student], "diffusion", "mosaics", str)
+    assert table.columns == ["", "class", "seen", "count kept", "placement kept", "s at 4 steps", "s at 50 steps"]
+    assert table.rows[0][2:] == ["3.9000", "–", "–", "0.500", "6.250"]
+    assert table.rows[1][2:] == ["3.5000", "75.00 %", "50.00 %", "0.250", "3.000"]
+    assert any(note.startswith("Mosaics:") for note in table.notes) and any("seconds" in n for n in table.notes)
 
 
 @pytest.mark.parametrize(

@@ -469,8 +469,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     p = commands.add_parser("train", parents=[common])
-    p.add_argument("--stages", default="104:3500,256:300", help="patches seen:steps, one after the other")
-    p.add_argument("--batch", type=int, default=64)
+    p.add_argument("--stages", help="patches seen:steps, one after the other; 104:3500,256:300, of mosaics 256:3000,512:200,1024:60")
+    p.add_argument("--batch", type=int, help="64, of mosaics 32")
     p.add_argument("--lr", type=float, default=3e-3, help="of the matrices; a third of it for the rest")
     p.add_argument("--cool", type=float, default=0.4, help="the part of the work in which the rate falls")
     p.add_argument("--ema", type=float, default=0.998)
@@ -480,6 +480,9 @@ def main() -> None:
     p.add_argument("--note", help="how this run departed from the commands, for check.json")
     args = parser.parse_args()
     args.out = args.out or (MOSAICS if args.mosaic else OUT)
+    if args.command == "train":
+        args.stages = args.stages or ("256:3000,512:200,1024:60" if args.mosaic else "104:3500,256:300")
+        args.batch = args.batch or (32 if args.mosaic else 64)
     globals()[args.command](args)
 
 

@@ -207,7 +207,7 @@ _DRAWINGS = (
 def encoder_table(rows: Sequence[Row], task: str, evaluation: str, name: Callable[[str], str]) -> Table:
     """Every row of an encoder's evaluation; columns that nobody measured are left out. name: what a row is called."""
     shown = ordered(rows)
-    columns = ENCODERS[task]
+    columns, steps = ENCODERS[task], sorted({n for row in rows for n in row.image_seconds})
     cells: list[list[Cell]] = [
         [
             name(row.name),
@@ -215,6 +215,7 @@ def encoder_table(rows: Sequence[Row], task: str, evaluation: str, name: Callabl
                 _share(row, key) if key in _PERCENT else number(getattr(row, key), 4, row.spread.get(key))
                 for _, key in columns
             ),
+            *(number(row.image_seconds.get(n), 3) for n in steps),
         ]
         for row in shown
     ]
@@ -223,6 +224,8 @@ def encoder_table(rows: Sequence[Row], task: str, evaluation: str, name: Callabl
         notes.append("Share: of the teacher's own score, the first column.")
     if any(row.agreement is not None for row in rows):
         notes.append("Agree: the likeliest class is the teacher's. KL(teacher || student) in nats per example.")
+    if steps:
+        notes.append("s at ... steps: seconds of one picture end to end, teacher and student in turns.")
     if task == "diffusion":
         notes += _DRAWINGS
         if any(row.tiles_seen is not None for row in rows):
@@ -237,7 +240,8 @@ def encoder_table(rows: Sequence[Row], task: str, evaluation: str, name: Callabl
     if any(row.mrr is not None for row in rows):
         notes.append("MRR: how high the second half of a passage ranks among all, looked for by the first.")
     strong = {i for i, row in enumerate(shown) if row.name == "student"}
-    return Table("Quality", ["", *(title for title, _ in columns)], cells, strong=strong, notes=notes).without_empty()
+    titles = ["", *(title for title, _ in columns), *(f"s at {n} steps" for n in steps)]
+    return Table("Quality", titles, cells, strong=strong, notes=notes).without_empty()
 
 
 def _share(row: Row, key: str) -> str:
