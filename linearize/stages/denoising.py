@@ -137,7 +137,10 @@ def check_teacher(
         raise InputError(f"{refused}: it is told the time in other units")
     a, b = decoders
     if (a is None) != (b is None):
-        raise InputError(f"{refused}: one of them draws pixels, the other latents of an autoencoder")
+        raise InputError(
+            f"{refused}: one of them draws pixels, the other latents of an autoencoder (a model in hand has none that is "
+            "known: convert it by its pipeline's name)"
+        )
     if a is not None and b is not None and (apart := a.apart(b)) > _SAME:
         raise InputError(
             f"{refused}: their autoencoders make other pictures of the same latents ({apart:.0%} apart, at most "
