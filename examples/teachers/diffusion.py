@@ -469,7 +469,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     p = commands.add_parser("train", parents=[common])
-    p.add_argument("--stages", help="patches seen:steps, one after the other; 104:3500,256:300, of mosaics 256:3000,512:200,1024:60")
+    p.add_argument(
+        "--stages", help="patches seen:steps, one after the other: 104:3500,256:300 or 256:3000,512:200,1024:60"
+    )
     p.add_argument("--batch", type=int, help="64, of mosaics 32")
     p.add_argument("--lr", type=float, default=3e-3, help="of the matrices; a third of it for the rest")
     p.add_argument("--cool", type=float, default=0.4, help="the part of the work in which the rate falls")

@@ -138,7 +138,7 @@ def check_teacher(
     a, b = decoders
     if (a is None) != (b is None):
         raise InputError(
-            f"{refused}: one of them draws pixels, the other latents of an autoencoder (a model in hand has none that is "
+            f"{refused}: one of them draws pixels, the other latents of an autoencoder (of a model in hand none is "
             "known: convert it by its pipeline's name)"
         )
     if a is not None and b is not None and (apart := a.apart(b)) > _SAME:
