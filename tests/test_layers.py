@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "denoisers": {"mixers", "seams", "surgery", "types"},
     "report": {"mixers", "storage", "types"},
     "stages": {"data", "mixers", "plan", "problems", "progress", "storage", "surgery", "types"},
-    "evaluate": {"data", "mixers", "ops", "plan", "progress", "stages", "surgery", "types"},
+    "evaluate": {"data", "mixers", "ops", "plan", "progress", "seams", "stages", "surgery", "types"},
     "testing": {"mixers", "ops", "types"},
     "tasks": {"data", "evaluate", "mixers", "plan", "report", "stages", "storage", "surgery", "types"},
     "answers": {"report"},
