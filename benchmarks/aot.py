@@ -25,9 +25,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from linearize.ops import _triton, gated_linear, mapped_linear
+from linearize.ops import _triton, gated_linear, local2d, mapped_linear
 from linearize.ops.gated_linear import kernels as gated_kernels
 from linearize.ops.gated_linear import triton as gated
+from linearize.ops.local2d import kernels as circle_kernels
+from linearize.ops.local2d import triton as circles
 from linearize.ops.mapped_linear import kernels as mapped_kernels
 from linearize.ops.mapped_linear import triton as mapped
 
@@ -41,6 +43,7 @@ TARGETS = {
 SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 STRIDE = re.compile(r"s[qkvgxy]_[bht]$")
+NUMBERS = {"size", "chunks", "rows", "columns", "radius", "prefix", "others"}
 B16, F32 = torch.bfloat16, torch.float32
 
 
@@ -119,12 +122,26 @@ def of_gated_linear() -> Iterator[Kernel]:
         yield Kernel(name, getattr(gated_kernels, kernel), dtype, frozenset(floats), make)
 
 
+def of_local2d() -> Iterator[Kernel]:
+    kernels = [(B16, 128, name) for name in ("forward", "back_q", "back_k", "back_v")]
+    kernels += [(F32, 64, name) for name in ("forward", "back_q", "back_k")]
+    floats = frozenset({"lse", "top", "lost", "d_top", "out", "d_out"})
+    for dtype, size, kernel in kernels:
+
+        def make(roomy: bool, hip: bool, dtype=dtype, size=size, kernel=kernel):
+            at = circles.tiles(kernel, dtype, roomy, hip)
+            return {**circles.constants(dtype, size, size, at, hip), "VALID": True, "WHICH": True}, at.warps
+
+        name = f"local2d {kernel} {str(dtype).removeprefix('torch.')} {size}"
+        yield Kernel(name, getattr(circle_kernels, kernel), dtype, floats, make)
+
+
 #: all that is shipped
-KERNELS = [*of_mapped_linear(), *of_gated_linear()]
+KERNELS = [*of_mapped_linear(), *of_gated_linear(), *of_local2d()]
 
 
 def source_hash() -> str:
-    folders = [Path(op.__file__).parent for op in (gated_linear, mapped_linear)]
+    folders = [Path(op.__file__).parent for op in (gated_linear, local2d, mapped_linear)]
     files = [folder / name for folder in folders for name in ("kernels.py", "triton.py")]
     texts = [file.read_bytes() for file in (*files, Path(_triton.__file__), Path(__file__))]
     return hashlib.sha256(b"".join([*texts, triton.__version__.encode()])).hexdigest()
@@ -138,11 +155,11 @@ def compiled(kernel: Kernel, target: str) -> Any:
     def kind(name: str) -> str:
         if name in fixed:
             return "constexpr"
-        if name == "eps" or name in kernel.floats:
-            return "fp32" if name == "eps" else "*fp32"
-        if STRIDE.match(name) or name.isupper() or name in ("size", "chunks"):
+        if name in ("eps", "scale") or name in kernel.floats:
+            return "*fp32" if name in kernel.floats else "fp32"
+        if STRIDE.match(name) or name.isupper() or name in NUMBERS:
             return "i32"
-        return {"valid": "*i1", "segments": "*i64"}.get(name, POINTERS[kernel.dtype])
+        return {"valid": "*i1", "segments": "*i64", "which": "*i32"}.get(name, POINTERS[kernel.dtype])
 
     signature = {name: kind(name) for name in names}
     aligned = {

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from linearize.ops._dispatch import Implementation, choose, compute_dtype
+from linearize.ops._dispatch import Implementation, choose, compute_dtype, kernels_refuse
 from linearize.ops.local2d.reference import local2d_reference
 from linearize.ops.local2d.torch import fused, local2d_torch
 
@@ -20,7 +20,47 @@ class Local2dOutput(NamedTuple):
     max: Tensor
 
 
-IMPLEMENTATIONS = (Implementation("torch", local2d_torch), Implementation("reference", local2d_reference))
+def _plain(run):
+    """In the type of the computation, one key head for each query head, and which tokens are keys."""
+
+    def plain(q, k, v, grid, radius, scale, prefix, suffix, valid_BT):
+        dtype = compute_dtype(q, k, v)
+        group = q.shape[1] // k.shape[1]
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+        if group > 1:
+            k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+        valid_BT = q.new_ones(q.shape[0], q.shape[2]).bool() if valid_BT is None else valid_BT
+        return run(q, k, v, grid, radius, scale, prefix, suffix, valid_BT)
+
+    return plain
+
+
+def _triton(q, k, v, grid, radius, scale, prefix, suffix, valid_BT, whole=True):
+    from linearize.ops.local2d.triton import local2d_triton
+
+    # beyond the diagonal of the grid a radius changes nothing, and its square must stay a small number
+    return local2d_triton(q, k, v, valid_BT, *grid, min(radius, sum(grid)), scale, prefix, suffix, whole)[:3]
+
+
+def _triton_output(*args):
+    return _triton(*args, whole=False)[0]
+
+
+def _triton_refuses(q, k, v, *rest) -> str | None:
+    reasons = (kernels_refuse(x, x.shape[-1]) for x in (q, k, v))
+    return next((reason for reason in reasons if reason), None)
+
+
+IMPLEMENTATIONS = (
+    Implementation("triton", _triton, _triton_refuses, device="cuda"),
+    Implementation("torch", _plain(local2d_torch)),
+    Implementation("reference", _plain(local2d_reference)),
+)
+#: of the output alone
+FUSED = (
+    Implementation("triton", _triton_output, _triton_refuses, device="cuda"),
+    Implementation("torch", _plain(fused)),
+)
 
 
 def local2d(
@@ -41,11 +81,10 @@ def local2d(
 
     T = prefix + rows * columns + suffix tokens, the patches row by row. The others (CLS, registers, text) see
     everybody and are seen by everybody. valid_BT: False at keys nobody sees (None: all are seen). Computed in float32
-    or float64. Raises InputError for an unknown `impl`.
+    or float64. Raises InputError for an unknown or refusing `impl`.
     """
-    q, k, v, valid_BT = _plain(q_BHTK, k_BGTK, v_BGTV, valid_BT)
-    run = choose("local2d", IMPLEMENTATIONS, impl, q, k, v).run
-    return Local2dOutput(*run(q, k, v, grid, radius, scale, prefix, suffix, valid_BT))
+    run = choose("local2d", IMPLEMENTATIONS, impl, q_BHTK, k_BGTK, v_BGTV).run
+    return Local2dOutput(*run(q_BHTK, k_BGTK, v_BGTV, grid, radius, scale, prefix, suffix, valid_BT))
 
 
 def local2d_output(
@@ -59,21 +98,12 @@ def local2d_output(
     prefix: int = 0,
     suffix: int = 0,
     valid_BT: Tensor | None = None,
+    impl: str = "auto",
 ) -> Tensor:
-    """The output of `local2d` alone, by fused kernels, where nothing is merged with it. Tokens that see nothing get
-    some finite number."""
-    q, k, v, valid_BT = _plain(q_BHTK, k_BGTK, v_BGTV, valid_BT)
-    return fused(q, k, v, grid, radius, scale, prefix, suffix, valid_BT)
-
-
-def _plain(q: Tensor, k: Tensor, v: Tensor, valid_BT: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """In the type of the computation, one key head for each query head, and which tokens are keys."""
-    dtype = compute_dtype(q, k, v)
-    group = q.shape[1] // k.shape[1]
-    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    if group > 1:
-        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    return q, k, v, q.new_ones(q.shape[0], q.shape[2]).bool() if valid_BT is None else valid_BT
+    """The output of `local2d` alone, by fused kernels (Triton's: in q's type), where nothing is merged with it. Tokens
+    that see nothing get some finite number. Raises InputError for an unknown or refusing `impl`."""
+    run = choose("local2d_output", FUSED, impl, q_BHTK, k_BGTK, v_BGTV).run
+    return run(q_BHTK, k_BGTK, v_BGTV, grid, radius, scale, prefix, suffix, valid_BT)
 
 
 def pairs(grid: tuple[int, int], radius: int, others: int = 0) -> int:
