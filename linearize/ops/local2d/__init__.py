@@ -102,7 +102,7 @@ def local2d_output(
 ) -> Tensor:
     """The output of `local2d` alone, by fused kernels (Triton's: in q's type), where nothing is merged with it. Tokens
     that see nothing get some finite number. Raises InputError for an unknown or refusing `impl`."""
-    run = choose("local2d_output", FUSED, impl, q_BHTK, k_BGTK, v_BGTV).run
+    run = choose("local2d", FUSED, impl, q_BHTK, k_BGTK, v_BGTV).run
     return run(q_BHTK, k_BGTK, v_BGTV, grid, radius, scale, prefix, suffix, valid_BT)
 
 
