@@ -104,8 +104,10 @@ def window_only(arguments: argparse.Namespace, target: Path) -> None:
         raise InputError(f"{target.name} is of another teacher or another text ({result.evaluation}): give the same")
     row = row.model_copy(update={"name": WINDOW_ONLY, "marginal": None})
     rows = [*(r for r in result.rows if r.name != WINDOW_ONLY), row]
-    note = f"{WINDOW_ONLY}: seed {seed}, {report.trained_tokens:,} tokens, a run of its own at {report.commit}"
-    update = {"rows": rows, "verdict": verdict.judge(rows, plan.gate.model_dump()), "notes": [*result.notes, note]}
+    seen = [note for note in result.notes if not note.startswith(WINDOW_ONLY)]
+    cost = f"seed {seed}, {report.trained_tokens:,} tokens in {stage['precision']}"
+    notes = [*seen, f"{WINDOW_ONLY}: {cost}, a run of its own at {report.commit}"]
+    update = {"rows": rows, "verdict": verdict.judge(rows, plan.gate.model_dump()), "notes": notes}
     schema.write(result.model_copy(update=update), target)
 
 

@@ -100,3 +100,13 @@ def test_a_benchmark_is_drawn_with_what_it_has():
     bare = bench.model_copy(update={"rows": [Measure(name="forward sdpa 64", metrics={"ms": 1.0})]})
     pictures = [races.race(bench, even=50.0), races.race(bench), races.race(bare)]
     assert all(picture.startswith(b"\x89PNG") for picture in pictures) and len(set(pictures)) == 3
+
+
+def test_peers_that_are_not_there_are_named(monkeypatch):
+    def gone():
+        raise ImportError("no module named qwen3_next")
+
+    monkeypatch.setattr(kernels.peers.hf, "chunked_delta_rule", gone)
+    table = kernels.compare([32], **SMALL)
+    assert "forward qwen3_next, minimax: left out, no module named qwen3_next" in table.notes
+    assert not any("minimax" in row for row in table.rows)

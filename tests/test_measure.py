@@ -46,7 +46,7 @@ def test_a_trained_window_is_added_to_a_table_that_lacks_it(monkeypatch, tmp_pat
     row, untrained = after.row("window-only student"), after.row("zero-token window")
     assert row is not None and untrained is not None and row.nll != untrained.nll
     assert [r.name for r in after.rows] == [*(r.name for r in before.rows), "window-only student"]
-    assert after.commit == before.commit and "seed 0, 768 tokens, a run of its own at" in after.notes[-1]
+    assert after.commit == before.commit and "seed 0, 768 tokens in float32, a run of its own at" in after.notes[-1]
     with pytest.raises(InputError, match="another teacher or another text"):
         measure(
             monkeypatch, tmp_path, "--work", str(tmp_path / "other"), "--window-only", *given, "data.valid_tokens=768"

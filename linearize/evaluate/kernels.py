@@ -292,6 +292,8 @@ def compare(
     """Rows "forward NAME T", or "both NAME T" for forward and backward. without: contestants that stay out."""
     device = torch.device(device)
     table, word = Table(), "both" if backward else "forward"
+    if why := peers.missing():
+        table.notes.append(f"{word} qwen3_next, minimax: left out, {why}")
     field_ = [c for c in contestants(device, flex) if (c.backward or not backward) and c.name not in without]
     gone: set[str] = set()
     ceilings = {"gemm": _gemm(dtype, device), "copy": _copy(device)}
