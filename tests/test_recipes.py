@@ -1,5 +1,7 @@
 """Every recipe reads, agrees with itself and survives a round trip; mistakes are told with path and remedy."""
 
+import re
+
 import pytest
 import yaml
 
@@ -28,6 +30,11 @@ OURS += [
 def test_these_are_there():
     assert set(recipes()) >= {*PAPERS, *OURS}
     assert (folder() / "LOG.md").is_file()
+
+
+def test_the_log_is_newest_first():
+    dates = re.findall(r"^## (\d{4}-\d\d-\d\d): ", (folder() / "LOG.md").read_text(), re.MULTILINE)
+    assert len(dates) > 40 and dates == sorted(dates, reverse=True)
 
 
 @pytest.mark.parametrize("name", recipes())
