@@ -72,6 +72,13 @@ def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
+def widened(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """q, k, v in the type of the computation, a head of keys and values for each of queries."""
+    dtype, group = compute_dtype(q, k, v), q.shape[1] // k.shape[1]
+    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    return (q, k, v) if group == 1 else (q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1))
+
+
 def _say(op: str, name: str, reason: str | None) -> None:
     key = (op, name, reason or "")
     if key not in _said and not torch.compiler.is_compiling():  # a graph holds no logging
@@ -98,3 +105,9 @@ def kernels_refuse(q: torch.Tensor, *sizes: int, largest: int = 128) -> str | No
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed: pip install triton"
     return None
+
+
+def softmax_kernels_refuse(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> str | None:
+    """The same of kernels that hold whole rows of q, k and v."""
+    reasons = (kernels_refuse(x, x.shape[-1]) for x in (q, k, v))
+    return next((reason for reason in reasons if reason), None)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from linearize.ops._dispatch import Implementation, choose, compute_dtype, kernels_refuse
+from linearize.ops._dispatch import Implementation, choose, softmax_kernels_refuse, widened
 from linearize.ops.local2d.reference import local2d_reference
 from linearize.ops.local2d.torch import fused, local2d_torch
 
@@ -24,11 +24,7 @@ def _plain(run):
     """In the type of the computation, one key head for each query head, and which tokens are keys."""
 
     def plain(q, k, v, grid, radius, scale, prefix, suffix, valid_BT):
-        dtype = compute_dtype(q, k, v)
-        group = q.shape[1] // k.shape[1]
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-        if group > 1:
-            k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+        q, k, v = widened(q, k, v)
         valid_BT = q.new_ones(q.shape[0], q.shape[2]).bool() if valid_BT is None else valid_BT
         return run(q, k, v, grid, radius, scale, prefix, suffix, valid_BT)
 
@@ -46,19 +42,14 @@ def _triton_output(*args):
     return _triton(*args, whole=False)[0]
 
 
-def _triton_refuses(q, k, v, *rest) -> str | None:
-    reasons = (kernels_refuse(x, x.shape[-1]) for x in (q, k, v))
-    return next((reason for reason in reasons if reason), None)
-
-
 IMPLEMENTATIONS = (
-    Implementation("triton", _triton, _triton_refuses, device="cuda"),
+    Implementation("triton", _triton, softmax_kernels_refuse, device="cuda"),
     Implementation("torch", _plain(local2d_torch)),
     Implementation("reference", _plain(local2d_reference)),
 )
 #: of the output alone
 FUSED = (
-    Implementation("triton", _triton_output, _triton_refuses, device="cuda"),
+    Implementation("triton", _triton_output, softmax_kernels_refuse, device="cuda"),
     Implementation("torch", _plain(fused)),
 )
 

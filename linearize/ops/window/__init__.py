@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from linearize.ops._dispatch import Implementation, choose, compute_dtype
+from linearize.ops._dispatch import Implementation, choose, softmax_kernels_refuse, widened
 from linearize.ops.window.reference import window_reference
 from linearize.ops.window.torch import window_torch
 
@@ -19,7 +19,22 @@ class WindowOutput(NamedTuple):
     max: Tensor
 
 
-IMPLEMENTATIONS = (Implementation("torch", window_torch), Implementation("reference", window_reference))
+def _plain(run):
+    """In the type of the computation, one key head for each query head."""
+    return lambda q, k, v, *rest: run(*widened(q, k, v), *rest)
+
+
+def _triton(*inputs):
+    from linearize.ops.window.triton import window_triton
+
+    return window_triton(*inputs)[:3]
+
+
+IMPLEMENTATIONS = (
+    Implementation("triton", _triton, softmax_kernels_refuse, device="cuda"),
+    Implementation("torch", _plain(window_torch)),
+    Implementation("reference", _plain(window_reference)),
+)
 
 
 def window(
@@ -40,13 +55,9 @@ def window(
     queries' own. codes: document number (from 1), 0 = invisible. A query sees keys of its own code.
     Computed in float32 or float64. Raises InputError for an unknown `impl`.
     """
-    dtype = compute_dtype(q_BHTK, k_BGSK, v_BGSV)
-    group = q_BHTK.shape[1] // k_BGSK.shape[1]
-    q, k, v = q_BHTK.to(dtype), k_BGSK.to(dtype), v_BGSV.to(dtype)
-    if group > 1:
-        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    spare = k.shape[2] - q.shape[2] - (width - 1)
+    k, v = k_BGSK, v_BGSV
+    spare = k.shape[2] - q_BHTK.shape[2] - (width - 1)
     if spare > 0:  # columns no query of this call can see
         k, v, codes_BS = k[:, :, spare:], v[:, :, spare:], codes_BS[:, spare:]
-    run = choose("window", IMPLEMENTATIONS, impl, q, k, v).run
-    return WindowOutput(*run(q, k, v, width, ahead, scale, codes_BT, codes_BS))
+    inputs = (q_BHTK, k, v, width, ahead, scale, codes_BT, codes_BS)
+    return WindowOutput(*choose("window", IMPLEMENTATIONS, impl, *inputs).run(*inputs))
