@@ -130,6 +130,7 @@ def run(
             attach(model, chosen, plan.method.name, plan.mixer()).detach()
         with processes.in_turn():
             train_data, valid = task.read(data, work.folder, say), None
+            reports = [] if train_data.made is None else [train_data.made]
             if task.held_out:
                 train_data, valid = train_data.hold_out(plan.data.valid_tokens)
         for stage in plan.stages if task.pool is not None else ():
@@ -157,7 +158,6 @@ def run(
         )  # fmt: skip
     measure.add(("swapped", nullcontext))
     beaten = rivals(task, job, frozen, say)
-    reports = []
     for index, (name, stage) in enumerate(zip(plan.stage_names(), plan.stages, strict=True)):
         say(f"stage {name}: {stage.tokens:,} tokens in {stage.steps(train_data.mean):,} steps")
         reports.append(run_stage(job, stage, name))
@@ -209,13 +209,12 @@ def _teachers(plan: Plan, task: Task, device: str, trust_remote_code: bool) -> d
 
 def _finished(target: Path, plan: Plan) -> Converted:
     """What is in the folder of a run that had ended before it was resumed."""
-    report = schema.read(target, schema.Report)
-    if report.plan_digest != plan.digest():
-        raise InputError(f"{target} holds the result of another plan: choose another --output-dir")
-    shutil.rmtree(work_folder(target), ignore_errors=True)
-    model = models.load(target)
+    report, model = schema.read(target, schema.Report), models.load(target)
     surgery = Surgery.of(model)
     assert surgery is not None
+    if report.plan_digest != fitting(plan, surgery.sites, report.recipe)[0].digest():
+        raise InputError(f"{target} holds the result of another plan: choose another --output-dir")
+    shutil.rmtree(work_folder(target), ignore_errors=True)
     return Converted(model, surgery, report, None, target)
 
 

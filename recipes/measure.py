@@ -1,7 +1,9 @@
-"""Run recipes and file what came out: recipes/results/<method>/<model>.json, one per recipe. Finished ones are skipped.
+"""Run recipes and file what came out: recipes/results/<method>/<model>.json, one per recipe.
 
     python recipes/measure.py hedgehog/stories15m-window --model FOLDER [--data FILE] --eval FILE [--seeds 0 1 2]
-                               [--set key=value]
+                               [--set key=value] [--again]
+
+A file that holds these seeds is left as it is, unless --again.
 
     python recipes/measure.py RECIPE --window-only ...         the same options: one more row for a file that is there
 
@@ -17,7 +19,9 @@ import base64
 import logging
 import math
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from linearize import api
 from linearize.evaluate.quality import STUDENT, TEACHER, WINDOW_ONLY
@@ -43,6 +47,7 @@ def main() -> None:
     parser.add_argument(
         "--window-only", action="store_true", help="train a window by as many tokens, and add it to the recipe's file"
     )
+    parser.add_argument("--again", action="store_true", help="measure what is filed already")
     parser.add_argument("--work", type=Path, default=Path("runs"), help="folder for the conversions")
     arguments = parser.parse_args()
     logging.basicConfig(format="%(asctime)s %(message)s", stream=sys.stderr)
@@ -53,12 +58,13 @@ def main() -> None:
         window_only(arguments, target)
         print(target)
         return
+    filed = schema.read(target, schema.Result) if target.is_file() else None
+    if filed is not None and set(arguments.seeds) <= set(filed.seeds) and not arguments.again:
+        print(f"{target} is there, by {filed.command} at {filed.commit}: --again measures anew")
+        return
     reports = []
     for seed in arguments.seeds:
         folder = arguments.work / f"{arguments.recipe.replace('/', '-')}-{seed}"
-        if (folder / "report.json").is_file():
-            reports.append(schema.read(folder, schema.Report))
-            continue
         settings = settings_of(arguments, seed) + (arguments.first if seed == arguments.seeds[0] else [])
         try:
             converted = api.convert(
@@ -72,8 +78,21 @@ def main() -> None:
     gate = reports[0].plan["gate"]  # the recipe's, or --set's
     if reports[0].diagnostics.grid is not None:
         write_atomic(target.with_suffix(".png"), base64.b64decode(reports[0].diagnostics.grid))
-    schema.write(verdict.over_seeds([report.result() for report in reports], gate), target)
+    result = verdict.over_seeds([report.result() for report in reports], gate)
+    row = None if filed is None else filed.row(WINDOW_ONLY)
+    if filed is not None and row is not None and result.row(WINDOW_ONLY) is None:
+        if (filed.evaluation, filed.trained_tokens) == (result.evaluation, result.trained_tokens):
+            result = with_window(result, row, [note for note in filed.notes if note.startswith(WINDOW_ONLY)], gate)
+    schema.write(result, target)
     print(target)
+
+
+def with_window(result: schema.Result, row: schema.Row, notes: Sequence[str], gate: Mapping[str, Any]) -> schema.Result:
+    """The result with a row of a trained window that was measured by itself, in place of another such row."""
+    rows = [*(r for r in result.rows if r.name != WINDOW_ONLY), row]
+    seen = [note for note in result.notes if not note.startswith(WINDOW_ONLY)]
+    update = {"rows": rows, "verdict": verdict.judge(rows, gate), "notes": [*seen, *notes]}
+    return result.model_copy(update=update)
 
 
 def settings_of(arguments: argparse.Namespace, seed: int) -> list[str]:
@@ -103,12 +122,9 @@ def window_only(arguments: argparse.Namespace, target: Path) -> None:
     if report.evaluation != result.evaluation or len(losses) < 2 or not math.isclose(*losses, rel_tol=1e-4):
         raise InputError(f"{target.name} is of another teacher or another text ({result.evaluation}): give the same")
     row = row.model_copy(update={"name": WINDOW_ONLY, "marginal": None})
-    rows = [*(r for r in result.rows if r.name != WINDOW_ONLY), row]
-    seen = [note for note in result.notes if not note.startswith(WINDOW_ONLY)]
     cost = f"seed {seed}, {report.trained_tokens:,} tokens in {stage['precision']}"
-    notes = [*seen, f"{WINDOW_ONLY}: {cost}, a run of its own at {report.commit}"]
-    update = {"rows": rows, "verdict": verdict.judge(rows, plan.gate.model_dump()), "notes": notes}
-    schema.write(result.model_copy(update=update), target)
+    notes = [f"{WINDOW_ONLY}: {cost}, a run of its own at {report.commit}"]
+    schema.write(with_window(result, row, notes, plan.gate.model_dump()), target)
 
 
 if __name__ == "__main__":

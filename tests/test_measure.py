@@ -47,6 +47,11 @@ def test_a_trained_window_is_added_to_a_table_that_lacks_it(monkeypatch, tmp_pat
     assert row is not None and untrained is not None and row.nll != untrained.nll
     assert [r.name for r in after.rows] == [*(r.name for r in before.rows), "window-only student"]
     assert after.commit == before.commit and "seed 0, 768 tokens in float32, a run of its own at" in after.notes[-1]
+    assert measure(monkeypatch, tmp_path, *given) == after  # filed: nothing is measured
+    again = measure(monkeypatch, tmp_path, "--again", *given)  # the run that is kept is filed anew, with the window
+    assert [r.name for r in again.rows] == [r.name for r in after.rows] and again.notes[-1] == after.notes[-1]
+    with pytest.raises(InputError, match="holds the result of another plan"):  # and not passed off as another plan's
+        measure(monkeypatch, tmp_path, "--again", *given, "stages.finetune.tokens=768")
     with pytest.raises(InputError, match="another teacher or another text"):
         measure(
             monkeypatch, tmp_path, "--work", str(tmp_path / "other"), "--window-only", *given, "data.valid_tokens=768"

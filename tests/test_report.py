@@ -311,8 +311,9 @@ def test_names_are_text_not_markup() -> None:
     ("text", "wanted"),
     [
         (tables.size(None), "–"), (tables.size(0), "0 B"), (tables.size(1023), "1023 B"), (tables.size(1024), "1 KiB"),
-        (tables.size(1.5 * 2**20), "1.5 MiB"), (tables.count(1024), "1k"), (tables.count(65536), "64k"),
-        (tables.count(1_500_000), "1.5M"), (tables.count(160_000), "160k"), (tables.count(0), "0"),
+        (tables.size(1.5 * 2**20), "1.5 MiB"), (tables.length(1024), "1k"), (tables.length(65536), "64k"),
+        (tables.count(1_500_000), "1.5M"), (tables.count(520_192), "520k"), (tables.count(160_000), "160k"),
+        (tables.count(0), "0"),
         (tables.number(1234.5), "1234.5"), (tables.number(1.234, 2, 0.05), "1.23 ± 0.05"),
         (tables.seconds(59.94), "59.9 s"), (tables.seconds(119.7), "2 min 00 s"), (tables.seconds(7200), "2.0 h"),
         (tables.times(0.0022), "0.002×"), (tables.percent(0.5), "50.0 %"),

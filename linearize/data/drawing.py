@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -223,13 +224,17 @@ def _sharded(
         for number in range(math.ceil(count / batch)):
             kept = store.tensors(number)
             if kept is None:
+                start = time.perf_counter()
                 shard = made(list(range(number * batch, (number + 1) * batch)))
-                store.keep(number, {**shard.pack(), "positions": torch.tensor(shard.positions)})
+                packed = {**shard.pack(), "positions": torch.tensor(shard.positions)}
+                store.keep(number, packed, time.perf_counter() - start)
             else:
                 shard = Latents.unpack(kept, int(kept["positions"]), {})
             shards.append(shard)
             advance(min(batch, count - number * batch))
-    return Latents.join(shards, settings).take(0, count)
+    taken = Latents.join(shards, settings).take(0, count)
+    taken.made = store.made(len(shards), taken.tokens)
+    return taken
 
 
 def read(folder: str | Path) -> Latents:

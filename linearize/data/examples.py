@@ -14,15 +14,18 @@ if TYPE_CHECKING:
 
     from transformers import PretrainedConfig
 
+    from linearize.types import StageReport
+
 
 class Examples(Dataset, ABC):
     """Examples of one kind, map-style and seekable: item i is the model's inputs for one example, without a batch axis.
 
     "labels" is among them only where known. `take` and `hold_out` give views, not copies. notes: what a user may not
-    have expected.
+    have expected. made: what it cost the teacher to make them, where it did.
     """
 
     notes: tuple[str, ...] = ()
+    made: StageReport | None = None
 
     @abstractmethod
     def __len__(self) -> int: ...

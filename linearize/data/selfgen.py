@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import random
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from linearize.data.text import Chat, Tokens, assemble, check_length, first_toke
 from linearize.progress import bar
 from linearize.seams.cache import growing_cache
 from linearize.storage import write_atomic
-from linearize.types import InputError, StorageError
+from linearize.types import InputError, StageReport, StorageError
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -78,13 +79,16 @@ def selfgen(
         while (have := sum(shard.tokens for shard in shards)) < tokens:
             shard = store.read(len(shards))
             if shard is None:
+                start = time.perf_counter()
                 shard = writer.shard(len(shards))
-                store.write(len(shards), shard)
+                store.write(len(shards), shard, time.perf_counter() - start)
             shards.append(shard)
             advance(min(shard.tokens, tokens - have))
     data = Tokens.join(shards, settings)
     enough = int((data.offsets < tokens).sum())  # whole sequences, the last one reaching `tokens`
-    return data.take(0, enough)
+    taken = data.take(0, enough)
+    taken.made = store.made(len(shards), taken.tokens)
+    return taken
 
 
 class _Writer:
@@ -325,11 +329,12 @@ def _prompt_ids(prompts: Sequence[str] | Sequence[Chat], tokenizer: Any, length:
 
 # -------------------------------------------------------------------------------------------------- on disk
 class Store:
-    """Shards in a folder with an index of their hashes, or nowhere."""
+    """Shards in a folder with an index of their hashes and of the seconds that each took, or nowhere."""
 
     def __init__(self, folder: str | Path | None, settings: dict[str, Any]) -> None:
         self.folder = None if folder is None else Path(folder)
         self.settings, self.hashes = settings, []
+        self.seconds: list[float | None] = []
         if self.folder is None:
             return
         index = self.folder / "index.json"
@@ -341,6 +346,7 @@ class Store:
         try:
             found = json.loads(index.read_text())
             kept, self.hashes = found["settings"], found["shards"]
+            self.seconds = list(found.get("seconds", []))
         except (OSError, ValueError, KeyError, TypeError):
             raise StorageError(f"{index} is not readable: delete {self.folder} and run again") from None
         if kept != settings:
@@ -379,26 +385,34 @@ class Store:
         path = self._whole(number)
         return None if path is None else load(path.read_bytes())
 
-    def write(self, number: int, shard: Tokens) -> None:
-        """The shard first, then the index that vouches for it."""
-        if self.folder is None:
-            return
-        shard.save(self._path(number))
-        self._vouch(number)
+    def write(self, number: int, shard: Tokens, seconds: float) -> None:
+        """The shard first, then the index that vouches for it and says in how many seconds it was made."""
+        if self.folder is not None:
+            shard.save(self._path(number))
+        self._vouch(number, seconds)
 
-    def keep(self, number: int, shard: dict[str, Tensor]) -> None:
+    def keep(self, number: int, shard: dict[str, Tensor], seconds: float) -> None:
         """The same of tensors."""
         from safetensors.torch import save
 
         if self.folder is not None:
             write_atomic(self._path(number), save(shard))
-            self._vouch(number)
+        self._vouch(number, seconds)
 
-    def _vouch(self, number: int) -> None:
-        assert self.folder is not None
+    def _vouch(self, number: int, seconds: float) -> None:
+        self.seconds += [None] * (number - len(self.seconds))  # of shards older than this figure
+        self.seconds[number : number + 1] = [round(seconds, 3)]
+        if self.folder is None:
+            return
         self.hashes[number : number + 1] = [_hash(self._path(number).read_bytes())]
-        index = {"settings": self.settings, "shards": self.hashes}
+        index = {"settings": self.settings, "shards": self.hashes, "seconds": self.seconds}
         write_atomic(self.folder / "index.json", json.dumps(index, indent=1) + "\n")
+
+    def made(self, shards: int, tokens: int) -> StageReport:
+        """What the first `shards` of them cost, this time or another: data are no training, and counted apart."""
+        known = [seconds for seconds in self.seconds[:shards] if seconds is not None]
+        notes = [] if len(known) == shards else [f"how long {shards - len(known)} of {shards} shards took is not known"]
+        return StageReport("selfgen", shards, tokens, sum(known), notes=notes)
 
 
 def _hash(data: bytes) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 
 from linearize.report.looks import Pair
 from linearize.report.schema import Bytes, Curve, Report, Stage
-from linearize.report.tables import count, label, size
+from linearize.report.tables import count, label, length, size
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -307,12 +307,12 @@ def state_against_cache(state: Mapping[int, Bytes], even: float | None = None) -
             values = kept[name]
             ax.plot(tokens, values, "o", color=colour, markersize=4)
             ax.annotate(
-                f"{words}\n{size(values[-1])} at {count(tokens[-1])}", (tokens[-1], values[-1]), xytext=(10, 0),
+                f"{words}\n{size(values[-1])} at {length(tokens[-1])}", (tokens[-1], values[-1]), xytext=(10, 0),
                 textcoords="offset points", va="center", color=colour, fontsize=8.5,
             )  # fmt: skip
         every = [2.0**k for k in range(0, 40, 2 if x[-1] / x[0] > 100 else 1) if x[0] <= 2.0**k <= x[-1] * 1.01]
         ax.xaxis.set_major_locator(FixedLocator(every))
-        ax.xaxis.set_major_formatter(FuncFormatter(lambda t, _: count(t)))
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda t, _: length(t)))
         ax.margins(y=0.12)
         low, high = ax.get_ylim()
         ax.yaxis.set_major_locator(FixedLocator([b for k in range(0, 50, 3) if low <= (b := 2.0**k) <= high]))

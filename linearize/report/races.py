@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from linearize.report.plots import INK, MUTED, OTHER, STUDENT, TEACHER, WINDOW, paint
 from linearize.report.schema import Bench
-from linearize.report.tables import count, size
+from linearize.report.tables import length, size
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -65,7 +65,7 @@ def _against_length(ax: Axes, field: Lines, colours: dict[str, str], metric: str
     ax.set(xscale="log", yscale="log", xlabel="tokens")
     ax.xaxis.set_minor_locator(NullLocator())
     ax.set_xticks(lengths[:: max(1, len(lengths) // 4)])
-    ax.xaxis.set_major_formatter(lambda value, _: count(round(value)))
+    ax.xaxis.set_major_formatter(lambda value, _: length(round(value)))
 
 
 def _roofline(ax: Axes, field: Lines, colours: dict[str, str]) -> None:
@@ -82,7 +82,7 @@ def _roofline(ax: Axes, field: Lines, colours: dict[str, str]) -> None:
                 ax.plot([share / moved], [share], "o", markersize=4, color=colours[name])
                 if tokens in (points[0][0], points[-1][0]):
                     ax.annotate(
-                        count(tokens), (share / moved, share), xytext=(3, -9), textcoords="offset points", fontsize=7
+                        length(tokens), (share / moved, share), xytext=(3, -9), textcoords="offset points", fontsize=7
                     )
     ax.set(title="Roofline", xlabel="operations per byte (1: the ridge)")
     if not drawn:

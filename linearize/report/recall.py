@@ -95,7 +95,7 @@ class Recall(Provenance):
 
 # ------------------------------------------------------------------------------------------------------- tables
 def called(task: str, length: int, pairs: int | None) -> str:
-    return f"{task}{f' {pairs} pairs' if pairs else ''} {tables.count(length)}"
+    return f"{task}{f' {pairs} pairs' if pairs else ''} {tables.length(length)}"
 
 
 def table(found: Recall) -> Table:
@@ -167,7 +167,7 @@ def heat_map(found: Recall, task: str) -> bytes:
                     )  # fmt: skip
             ax.grid(False)
             ax.set_title(tables.LABELS.get(row.name, row.name), fontsize=8)
-            ax.set_xticks(range(len(lengths)), [tables.count(n) for n in lengths])
+            ax.set_xticks(range(len(lengths)), [tables.length(n) for n in lengths])
             ax.set_xlabel("tokens")
         axes[0].set_yticks(range(len(depths)), [f"{100 * depth:.0f} %" for depth in depths])
         axes[0].set_ylabel("depth")

@@ -89,14 +89,17 @@ def size(value: float | None) -> str:
 
 
 def count(value: float | None) -> str:
-    """A number of tokens: 512, 1k, 64k (powers of 1024 that are lengths), 1.5M."""
+    """How many: 512, 1.02k, 520k, 1.5M."""
     if value is None:
         return MISSING
     if value >= 1e6:
         return f"{value / 1e6:.3g}M"
-    if value >= 1024 and value % 1024 == 0:
-        return f"{value / 1024:.0f}k"
     return f"{value / 1e3:.3g}k" if value >= 1e3 else f"{value:.0f}"
+
+
+def length(tokens: float) -> str:
+    """Tokens of a sequence: 512, 1k, 64k where they are multiples of 1024."""
+    return f"{tokens / 1024:.0f}k" if 1024 <= tokens < 2**20 and tokens % 1024 == 0 else count(tokens)
 
 
 def seconds(value: float | None) -> str:
@@ -168,7 +171,7 @@ def quality_table(run: Run, lengths: Sequence[int] = LENGTHS) -> Table:
     columns = ["", "perplexity", "ratio", "KL", "top-1", "copy NLL", "closed"]
     table = Table(
         "Quality, and what one sequence keeps" if lengths else "Quality",
-        [*columns, *(f"at {count(tokens)}" for tokens in lengths)],
+        [*columns, *(f"at {length(tokens)}" for tokens in lengths)],
         cells,
         strong={i for i, row in enumerate(rows) if row.name == "student"},
         notes=notes,
@@ -284,7 +287,7 @@ def state_table(run: Run) -> Table:
     """State against cache by length."""
     cells: list[list[Cell]] = [
         [
-            count(tokens),
+            length(tokens),
             size(b.state_bytes),
             size(b.kv_bytes),
             times(b.state_bytes / b.kv_bytes if b.kv_bytes else None),

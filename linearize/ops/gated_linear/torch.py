@@ -2,11 +2,12 @@
 
 A chunk whose gates keep more than exp(-MILD) of everything is one matrix product: queries times exp(G - M), keys times
 exp(M - G), G summed from its start (Lizard's form, 2507.09025) and M half of its end, so that exponents are at most
-MILD / 2. One that fades by somewhat more is halved, and halved again. In any other, blocks are merged in pairs, 1 + 1, 2 + 2, ... tokens. Queries carry what they faded since their
-block began, keys what they will have faded when theirs ends; later queries on earlier keys of a pair are then one
-matrix product. There only exponentials of sums of log gates occur, all at most 1: no exp(-G) and no differences of
-sums, so that strong gates neither overflow nor lose digits. GLA's secondary chunks (2312.06635) take differences; here
-log2(chunk) rounds of O(TF) stand in their place. The state changes by expm1: float32 rounds gates near 1 badly.
+MILD / 2. One that fades by somewhat more is halved, and halved again. In any other, blocks are merged in pairs, 1 + 1,
+2 + 2, ... tokens. Queries carry what they faded since their block began, keys what they will have faded when theirs
+ends; later queries on earlier keys of a pair are then one matrix product. There only exponentials of sums of log gates
+occur, all at most 1: no exp(-G) and no differences of sums, so that strong gates neither overflow nor lose digits.
+GLA's secondary chunks (2312.06635) take differences; here log2(chunk) rounds of O(TF) stand in their place. The state
+changes by expm1: float32 rounds gates near 1 badly.
 """
 
 from __future__ import annotations
