@@ -79,10 +79,10 @@ def main() -> None:
     if reports[0].diagnostics.grid is not None:
         write_atomic(target.with_suffix(".png"), base64.b64decode(reports[0].diagnostics.grid))
     result = verdict.over_seeds([report.result() for report in reports], gate)
-    row = None if filed is None else filed.row(WINDOW_ONLY)
-    if filed is not None and row is not None and result.row(WINDOW_ONLY) is None:
-        if (filed.evaluation, filed.trained_tokens) == (result.evaluation, result.trained_tokens):
-            result = with_window(result, row, [note for note in filed.notes if note.startswith(WINDOW_ONLY)], gate)
+    row = None if filed is None or result.row(WINDOW_ONLY) else filed.row(WINDOW_ONLY)
+    alike = filed and (filed.evaluation, filed.trained_tokens) == (result.evaluation, result.trained_tokens)
+    if filed is not None and row is not None and alike:
+        result = with_window(result, row, [note for note in filed.notes if note.startswith(WINDOW_ONLY)], gate)
     schema.write(result, target)
     print(target)
 
