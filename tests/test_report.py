@@ -477,7 +477,11 @@ def test_readme_is_idempotent_and_check_sees_drift(checkout: Path, report: Repor
     schema.write(report.result(), checkout / "recipes" / "results" / "hedgehog" / "b.json")
     bare = example(rows=[row("teacher", 1.5)], stages=[]).result()
     schema.write(bare, checkout / "recipes" / "results" / "hedgehog" / "a.json")
-    (checkout / "recipes" / "README.md").write_text("<!-- results:begin -->\n<!-- results:end -->\n")
+    seen = example(task="image", rows=[{"name": "teacher", "accuracy": 0.9}], seeds=[0, 1]).result()
+    schema.write(seen, checkout / "recipes" / "results" / "hedgehog" / "vit.json")
+    blocks = ("encoders", "diffusion")
+    lines = "".join(f"<!-- {name}:begin -->\n<!-- {name}:end -->\n" for name in blocks)
+    (checkout / "recipes" / "README.md").write_text(lines)
 
     with pytest.raises(GateError, match="--update-readme") as caught:
         readme.update(checkout, check=True)
@@ -489,7 +493,9 @@ def test_readme_is_idempotent_and_check_sees_drift(checkout: Path, report: Repor
     assert readme.update(checkout) == []
     assert readme.update(checkout, check=True) == []
     assert text.index("[hedgehog/a](recipes/results/hedgehog/a.json)") < text.index("hedgehog/b")
-    assert "[hedgehog/a](results/hedgehog/a.json)" in (checkout / "recipes" / "README.md").read_text()
+    other = (checkout / "recipes" / "README.md").read_text()
+    assert "[hedgehog/vit](results/hedgehog/vit.json) | 2 |" in other and "hedgehog/vit" not in text
+    assert "hedgehog/a" not in other and readme.EMPTY in other, "no diffusion model was measured"
     assert "1.062×" in text
     assert "5.64 / 5.16" in text
 

@@ -190,7 +190,9 @@ def test_images_are_measured_again(seen, images):
 def test_the_readme_has_a_table_for_encoders(seen, tmp_path):
     kept = schema.read(seen, schema.Report).result()
     schema.write(kept, tmp_path / "recipes" / "results" / "hedgehog" / "small-vit.json")
-    (tmp_path / "README.md").write_text("<!-- results:begin -->\n<!-- results:end -->\n")
+    (tmp_path / "README.md").write_text(
+        "<!-- results:begin --><!-- results:end --><!-- encoders:begin --><!-- encoders:end -->"
+    )
     assert readme.update(tmp_path) == ["README.md"]
     text = (tmp_path / "README.md").read_text()
     assert "hedgehog/small-vit" in text and "top-1" in text and "perplexity" not in text.lower()

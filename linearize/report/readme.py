@@ -1,9 +1,11 @@
 """The tables of README.md, recipes/README.md and docs/methods.md, regenerated between two comments: from result files,
 and from the methods themselves.
 
-    <!-- results:begin -->   table of recipes/results/**/*.json       <!-- results:end -->
-    <!-- benchmarks:begin --> tables of benchmarks/results/*.json     <!-- benchmarks:end -->
-    <!-- methods:begin -->   which method fits what, and why not      <!-- methods:end -->
+    <!-- results:begin -->    language models of recipes/results/**/*.json   <!-- results:end -->
+    <!-- encoders:begin -->   encoders and vision transformers of them       <!-- encoders:end -->
+    <!-- diffusion:begin -->  diffusion models of them                       <!-- diffusion:end -->
+    <!-- benchmarks:begin --> tables of benchmarks/results/*.json            <!-- benchmarks:end -->
+    <!-- methods:begin -->    which method fits what, and why not            <!-- methods:end -->
 
 The same files give the same text, to the byte.
 """
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from linearize.report import tables
@@ -19,23 +22,23 @@ from linearize.report.schema import Bench, read, read_results
 from linearize.storage import write_atomic
 from linearize.types import GateError, InputError, StorageError
 
-#: each with the block that it cannot be without
-FILES = {"README.md": "results", "recipes/README.md": "results", "docs/methods.md": "methods"}
+#: each with the blocks that it cannot be without
+FILES = {"README.md": ("results",), "recipes/README.md": ("encoders", "diffusion"), "docs/methods.md": ("methods",)}
 EMPTY = "No result file yet: the table appears with the first one in `recipes/results`."
 LEGEND = (
     "Perplexity of the teacher, of the student before training (swapped) and after, and of sliding windows without a "
     "linear branch, untrained (0) and trained with the student's tokens. KL(teacher || student) in nats per token. "
     "Copy gap: the share of the window's loss on copied tokens that is won back. Linear branch: nats per token lost "
-    "when it is switched off. State / KV at the longest length measured. Each run leads to its file, with commit, "
-    "machine and every other number."
+    "when it is switched off. State / KV at the longest length measured. ±: standard deviation over seeds. Each run "
+    "leads to its file, with commit, machine and every other number."
 )
 ENCODERS = (
     "Top-1 on the labels, or Spearman's rank correlation with the scores people gave to pairs; of the teacher, of the "
     "student before training (swapped) and after, of an untrained window (on images a circle), and without any "
     "attention. At least: lower end of the 95 % interval of the student's share. Feature cosine: to the teacher's "
-    "pooled feature. MRR: halves of a passage finding each other. Tokens of images are patches."
+    "pooled feature. MRR: halves of a passage finding each other. Tokens of images are patches. ±: standard deviation "
+    "over seeds."
 )
-
 
 DRAWINGS = (
     "Distance: root mean square between drawings from the same noise, pixels in -1 ... 1, of the student before "
@@ -74,11 +77,15 @@ def update(root: str | Path, *, check: bool = False) -> list[str]:
     return changed
 
 
-def _filled(text: str, path: Path, root: Path, needed: str) -> str:
-    blocks = {"results": results_block, "benchmarks": benchmarks_block, "methods": methods_block}
+def _filled(text: str, path: Path, root: Path, needed: tuple[str, ...]) -> str:
+    blocks = {
+        **{name: results_block(name) for name in RESULTS},
+        "benchmarks": benchmarks_block,
+        "methods": methods_block,
+    }
     for name, block in blocks.items():
         begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-        if (text.count(begin), text.count(end)) == (0, 0) and name != needed:
+        if (text.count(begin), text.count(end)) == (0, 0) and name not in needed:
             continue
         if (text.count(begin), text.count(end)) != (1, 1) or text.index(begin) > text.index(end):
             raise InputError(f"{path} needs the lines {begin!r} and {end!r}, once each and in this order")
@@ -102,26 +109,30 @@ def methods_block(root: Path, here: Path) -> str:
     return "\n".join([*lines, "", *(f"{number}. {why}" for why, number in numbers.items())]) + "\n"
 
 
-def results_block(root: Path, here: Path) -> str:
-    """The table of result files under `root`, its links relative to the folder `here`."""
-    folder = root / "recipes" / "results"
-    found = read_results(folder)
-    if not found:
-        return EMPTY + "\n"
+#: by block: how its table is made, the words under it, and of which tasks it holds the results
+RESULTS = {
+    "results": (tables.results_table, LEGEND, ("text",)),
+    "encoders": (tables.encoder_results, ENCODERS, ("sentences", "image")),
+    "diffusion": (tables.drawing_results, DRAWINGS, ("diffusion",)),
+}
 
-    def link(name: str) -> str:
-        return Path(os.path.relpath(folder / name, here)).as_posix()
 
-    parts = []
-    for words, make, legend, tasks in (
-        ("Language models:", tables.results_table, LEGEND, ("text",)),
-        ("Encoders and vision transformers:", tables.encoder_results, ENCODERS, ("sentences", "image")),
-        ("Diffusion models:", tables.drawing_results, DRAWINGS, ("diffusion",)),
-    ):
-        if chosen := [(name, run) for name, run in found if run.task in tasks]:
-            table = tables.render(make(chosen, link), "markdown")
-            parts.append((words, f"{table}\n{tables.escape_markdown(legend)}\n"))
-    return parts[0][1] if len(parts) == 1 else "\n".join(f"{words}\n\n{body}" for words, body in parts)
+def results_block(name: str) -> Callable[[Path, Path], str]:
+    """What makes the block `name` of RESULTS: a table of the files under a root, its links relative to a folder."""
+    make, legend, tasks = RESULTS[name]
+
+    def block(root: Path, here: Path) -> str:
+        folder = root / "recipes" / "results"
+        chosen = [(path, run) for path, run in read_results(folder) if run.task in tasks]
+        if not chosen:
+            return EMPTY + "\n"
+
+        def link(path: str) -> str:
+            return Path(os.path.relpath(folder / path, here)).as_posix()
+
+        return f"{tables.render(make(chosen, link), 'markdown')}\n{tables.escape_markdown(legend)}\n"
+
+    return block
 
 
 def benchmarks_block(root: Path, here: Path) -> str:

@@ -324,6 +324,7 @@ def results_table(results: Sequence[tuple[str, Result]], link: Callable[[str], s
         windows = [ppl.get(name) for name in ("zero-token window", "window-only student")]
         cells.append([
             Link(path.removesuffix(".json"), link(path)),
+            str(len(run.seeds)),
             count(run.trained_tokens),
             number(ppl.get("teacher")),
             number(ppl.get("swapped")),
@@ -337,7 +338,7 @@ def results_table(results: Sequence[tuple[str, Result]], link: Callable[[str], s
             str(run.commit),
         ])  # fmt: skip
     columns = [
-        "run", "tokens", "teacher", "swapped", "student", "× teacher", "window 0 / trained", "KL",
+        "run", "seeds", "tokens", "teacher", "swapped", "student", "× teacher", "window 0 / trained", "KL",
         "copy gap closed", "linear branch, nats", "state / KV", "commit",
     ]  # fmt: skip
     return Table("", columns, cells)
@@ -360,6 +361,7 @@ def encoder_results(results: Sequence[tuple[str, Result]], link: Callable[[str],
         interval = student.intervals.get("retained", (None, None)) if student else (None, None)
         cells.append([
             Link(path.removesuffix(".json"), link(path)),
+            str(len(run.seeds)),
             count(run.trained_tokens),
             {"accuracy": "top-1", "spearman": "Spearman", None: MISSING}[main],
             *(figure(name) for name in ("teacher", "swapped", "student", "zero-token window", "none")),
@@ -370,7 +372,7 @@ def encoder_results(results: Sequence[tuple[str, Result]], link: Callable[[str],
             str(run.commit),
         ])  # fmt: skip
     columns = [
-        "run", "tokens", "score", "teacher", "swapped", "student", "window, untrained", "no attention",
+        "run", "seeds", "tokens", "score", "teacher", "swapped", "student", "window, untrained", "no attention",
         "of the teacher's", "at least", "feature cosine", "MRR", "commit",
     ]  # fmt: skip
     return Table("", columns, cells).without_empty()
@@ -388,6 +390,7 @@ def drawing_results(results: Sequence[tuple[str, Result]], link: Callable[[str],
 
         cells.append([
             Link(path.removesuffix(".json"), link(path)),
+            str(len(run.seeds)),
             count(run.trained_tokens),
             *(figure(row, "distance") for row in (swapped, student, floor)),
             *(figure(student, key, 2) for key in ("psnr", "ssim")),
@@ -397,7 +400,7 @@ def drawing_results(results: Sequence[tuple[str, Result]], link: Callable[[str],
             str(run.commit),
         ])  # fmt: skip
     columns = [
-        "run", "tokens", "distance, swapped", "student", "other seeds", "PSNR", "SSIM", "class seen, teacher",
+        "run", "seeds", "tokens", "distance, swapped", "student", "other seeds", "PSNR", "SSIM", "class seen, teacher",
         "class seen, student", "of the teacher's", "Fréchet", "other seeds' Fréchet", "commit",
     ]  # fmt: skip
     return Table("", columns, cells).without_empty()
