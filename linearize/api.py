@@ -289,6 +289,7 @@ def bench(
 
     from linearize import models
     from linearize.evaluate.speed import IMAGE_UNITS, UNITS, speed
+    from linearize.plan import TransferPlan
     from linearize.report import provenance, schema
     from linearize.surgery.attach import attach
     from linearize.types import InputError
@@ -312,7 +313,8 @@ def bench(
     surgery = attach(subject, choose(plan, subject)[1], plan.method.name, plan.mixer())
     images = subject.main_input_name == "pixel_values"
     wanted = wanted or ([224, 512, 1024, 2048] if images else [256, 1024, 4096])
-    rows = speed(surgery, wanted, batch=batch, repeats=repeats)
+    stage = next((stage for stage in plan.stages if isinstance(stage, TransferPlan)), None)
+    rows = speed(surgery, wanted, batch=batch, repeats=repeats, stage=stage)
     made = schema.Bench(
         **provenance.gather(device=next(subject.parameters()).device),
         name=f"{name}-{plan.method.name}",

@@ -121,6 +121,8 @@ def run(
 
     sites, chosen, left = choose(plan, model)
     plan, idle = fitting(plan, chosen, resolved.recipe)
+    if plan.task == "text" and plan.stages and not plan.eval.window_only:
+        idle.append(f"{quality.WINDOW_ONLY}: none was trained by as many tokens (eval.window_only=true does)")
     resolved = replace(resolved, plan=plan, notes=(*resolved.notes, *idle))
     say(f"{len(chosen)} of {len(sites)} attention layers will be converted to {plan.method.name}")
     original = fingerprint(model)

@@ -88,7 +88,7 @@ def test_sizes_of_dit_that_nobody_published():
 def test_a_recipe_is_found_by_short_name_and_by_form():
     assert Plan.read("gpt2") == Plan.read("hedgehog/gpt2")
     form = Plan.read("stories15m").model.form
-    assert recipe_for(form) == "hedgehog/stories15m"
+    assert recipe_for(form) == "hedgehog/stories15m-window"
     assert recipe_for(form, "lawcat") == "lawcat/stories15m"
     assert Plan.read("stories15m") == Plan.read("hedgehog/stories15m"), "a short name is the default method's first"
     assert Plan.read("mistral-7b") == Plan.read("lawcat/mistral-7b")

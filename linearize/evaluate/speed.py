@@ -119,13 +119,20 @@ def _row(amount: int, what: str, timed: Sequence[tuple[float, float]], **more: f
 
 
 def speed(
-    surgery: Surgery, lengths: Sequence[int], *, batch: int = 1, repeats: int = 5, new_tokens: int = 16
+    surgery: Surgery,
+    lengths: Sequence[int],
+    *,
+    batch: int = 1,
+    repeats: int = 5,
+    new_tokens: int = 16,
+    stage: TransferPlan | None = None,
 ) -> dict[str, dict[str, float]]:
     """Rows by name, metrics as in UNITS; of models of images see `image_speed`, whose `lengths` are pixels.
 
     "prefill T": one forward of `batch` random sequences of T tokens, last logits only. "decode at T": `new_tokens`
     single-token steps behind a context of T (causal models alone). "transfer T": one forward and backward of attention
-    transfer against the teacher's own no-grad forward with all logits, same batch and length. Raises InputError.
+    transfer, by the losses of `stage` (None: the output alone), against the teacher's own no-grad forward with all
+    logits, same batch and length. Raises InputError.
     """
     model: Any = surgery.model
     if model.main_input_name == "pixel_values":
@@ -150,7 +157,7 @@ def speed(
             decode = pairs(teacher, student, device, repeats)
             rows[f"decode at {length}"] = _row(batch * new_tokens, "tokens", decode, **kept)
         if surgery.parameters():
-            rows[f"transfer {length}"] = _row(batch * length, "tokens", _transfer(surgery, ids, repeats))
+            rows[f"transfer {length}"] = _row(batch * length, "tokens", _transfer(surgery, ids, repeats, stage))
     return rows
 
 
@@ -272,9 +279,10 @@ def _decoder(model: Any, ids: Tensor, steps: int, mode: Callable[[], Any]) -> Ca
     return prepare
 
 
-def _transfer(surgery: Surgery, ids: Tensor, repeats: int) -> list[tuple[float, float]]:
+def _transfer(surgery: Surgery, ids: Tensor, repeats: int, stage: TransferPlan | None) -> list[tuple[float, float]]:
     trained = {name: p.requires_grad for name, p in surgery.model.named_parameters()}
-    objective = Transfer(surgery, TransferPlan(kind="transfer", tokens=ids.numel(), batch=ids.shape[0], lr=1e-3))
+    stage = stage or TransferPlan(kind="transfer", tokens=ids.numel(), batch=ids.shape[0], lr=1e-3)
+    objective = Transfer(surgery, stage)
 
     def step() -> None:
         objective.loss({"input_ids": ids}, 0)["loss"].backward()
