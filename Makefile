@@ -4,8 +4,8 @@
 # make gpu    kernels tested and timed on the GPU here, result files with its name
 #
 # Each target makes its own environment in .venv, with the versions of constraints.txt. PYTHON=python3.12 chooses the
-# interpreter, VENV=path another place. Where no CUDA device is, the CPU build of torch is taken if pip is configured
-# to find it; TORCH_INDEX=URL adds the index that holds it.
+# interpreter, VENV=path another place. Where no CUDA device is, the CPU build of torch is taken, from the indexes that
+# pip knows or from TORCH_INDEX (TORCH_INDEX= asks pip's own alone).
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -13,6 +13,7 @@ CACHE := .cache
 BIN := $(abspath $(VENV))/bin
 PY := $(BIN)/python
 PIP := $(PY) -m pip --disable-pip-version-check -q
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 STAMP := $(VENV)/.installed
 WORKERS ?= 2
@@ -26,14 +27,17 @@ export TOKENIZERS_PARALLELISM ?= false
 
 setup: $(STAMP)
 
-# Made again only when what it holds has changed.
+# Made again only when what it holds has changed. torch goes first, alone and with little patience: an index that cannot be
+# reached costs seconds. What torch needs comes with the rest.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1; then \
 		$(PIP) install 'torch==$(TORCH)'; \
 	else \
-		$(PIP) install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) 'torch==$(TORCH)+cpu' 2>/dev/null \
-		|| $(PIP) install 'torch==$(TORCH)'; \
+		$(PIP) install --no-deps --retries 1 --timeout 10 $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
+			'torch==$(TORCH)+cpu' 2>/dev/null \
+		|| { echo "no CPU build of torch $(TORCH) found (TORCH_INDEX=$(TORCH_INDEX)): taking the default build"; \
+			$(PIP) install 'torch==$(TORCH)'; }; \
 	fi
 	$(PIP) install -c constraints.txt -e '.[dev]'
 	touch $@

@@ -72,6 +72,7 @@ def commit() -> Commit:
         "pyproject.toml",
         ":!recipes/results",
         ":!recipes/recall",
+        ":!recipes/*.md",
     )
     dirty = None if changes is None else bool(changes)
     return Commit(id=_git("rev-parse", "HEAD"), dirty=dirty, package=__version__)
