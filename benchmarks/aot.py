@@ -159,7 +159,9 @@ def compiled(kernel: Kernel, target: str) -> Any:
             return "*fp32" if name in kernel.floats else "fp32"
         if STRIDE.match(name) or name.isupper() or name in NUMBERS:
             return "i32"
-        return {"valid": "*i1", "segments": "*i64", "codes_q": "*i64", "codes_k": "*i64", "which": "*i32"}.get(name, POINTERS[kernel.dtype])
+        return {"valid": "*i1", "segments": "*i64", "codes_q": "*i64", "codes_k": "*i64", "which": "*i32"}.get(
+            name, POINTERS[kernel.dtype]
+        )
 
     signature = {name: kind(name) for name in names}
     aligned = {
