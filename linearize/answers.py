@@ -85,16 +85,22 @@ class Environment:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """A converted model measured again: rows of the table, and what they say about the linear branch."""
+    """A converted model measured again: rows of the table, what they say about the linear branch, and of language
+    models what both write."""
 
     rows: list[Any]
     evaluation: str
     verdict: Any
     task: str = "text"
+    generation: Any = None
 
     def as_dict(self) -> dict[str, Any]:
-        rows = [row.model_dump(mode="json") for row in self.rows]
-        return {"evaluation": self.evaluation, "rows": rows, "verdict": self.verdict.model_dump(mode="json")}
+        return {
+            "evaluation": self.evaluation,
+            "rows": [row.model_dump(mode="json") for row in self.rows],
+            "verdict": self.verdict.model_dump(mode="json"),
+            "generation": None if self.generation is None else self.generation.model_dump(mode="json"),
+        }
 
     def render(self) -> Any:
         from linearize.report.terminal import evaluated

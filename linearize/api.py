@@ -19,7 +19,7 @@ from linearize.answers import (
     Saved,
     Written,
 )
-from linearize.resolve import choose, fitting, resolve
+from linearize.resolve import choose, fitting, resolve, short
 
 if TYPE_CHECKING:
     from torch import nn
@@ -134,8 +134,8 @@ def convert(
         model, method, recipe, items, task=task, max_steps=max_steps, trust_remote_code=trust_remote_code
     )
     if named and resolved.plan.output.folder is None:
-        stem = Path(str(resolved.plan.model.id or "embedded")).stem.lower()
-        output = resolved.plan.output.model_copy(update={"folder": f"{stem}-{resolved.plan.method.name}"})
+        folder = f"{short(resolved.plan.model.id)}-{resolved.plan.method.name}"
+        output = resolved.plan.output.model_copy(update={"folder": folder})
         resolved = replace(resolved, plan=resolved.plan.model_copy(update={"output": output}))
     return run(
         resolved,
@@ -240,7 +240,9 @@ def evaluate(
         lambda: nullcontext(base.model),
     )
     table = exam.rows(scores, plan.seed)
-    return Evaluated(table, exam.words, verdict.judge(table, plan.gate.model_dump()), plan.task)
+    # Text is written in seconds; drawings would be made once more.
+    made = task.samples(surgery, exam, lambda: nullcontext(base.model))[1] if plan.task == "text" else None
+    return Evaluated(table, exam.words, verdict.judge(table, plan.gate.model_dump()), plan.task, made)
 
 
 def layers(model: str | Path, *, limit: int | None = None, data: str | None = None, **options: Any) -> Layered:
@@ -282,8 +284,9 @@ def bench(
     """Time a teacher and its untrained conversion in turns: prefill, decoding, transfer, and the bytes each keeps; of
     images one forward, and the most memory it takes.
 
-    lengths in tokens, of images in pixels of a side. output_dir: a folder for the result file. random_weights: a model
-    of the same form, or of the recipe's `model.form`, nothing downloaded. Raises InputError, Unsupported, StorageError.
+    lengths in tokens, of images in pixels of a side. output_dir: a folder for the result file, which bears the name of
+    the recipe (without one, of the model) and the method. random_weights: a model of the same form, or of the recipe's
+    `model.form`, nothing downloaded. Raises InputError, Unsupported, StorageError.
     """
     import torch
 
@@ -309,7 +312,6 @@ def bench(
         subject = models.load_model(
             resolved.source, dtype=plan.model.dtype, device=device, trust_remote_code=trust_remote_code
         ).model
-    name = Path(str(plan.model.id or "embedded")).stem.lower()
     surgery = attach(subject, choose(plan, subject)[1], plan.method.name, plan.mixer())
     images = subject.main_input_name == "pixel_values"
     wanted = wanted or ([224, 512, 1024, 2048] if images else [256, 1024, 4096])
@@ -317,7 +319,7 @@ def bench(
     rows = speed(surgery, wanted, batch=batch, repeats=repeats, stage=stage)
     made = schema.Bench(
         **provenance.gather(device=next(subject.parameters()).device),
-        name=f"{name}-{plan.method.name}",
+        name=f"{short(resolved.recipe or plan.model.id)}-{plan.method.name}",
         settings={"batch": batch, "repeats": repeats, "dtype": str(subject.dtype).removeprefix("torch."),
                   "mixer": plan.mixer().model_dump(mode="json")},
         units=IMAGE_UNITS if images else UNITS,

@@ -300,6 +300,7 @@ def _report(
             layers=len(sites),
             converted=len(converted),
             dtype=str(model.dtype).removeprefix("torch."),
+            license=None if (origin := resolved.source or _origin(model)) is None else card.license_of(origin),
         ),
         task=plan.task,
         method=plan.method.name,
@@ -325,6 +326,14 @@ def _report(
         ],
         diagnostics=task.diagnostics(surgery, measure.exam),
     )
+
+
+def _origin(model: nn.Module) -> models.Source | None:
+    """Where a model in hand says it came from, if that can be gone back to."""
+    try:
+        return models.source(name) if (name := getattr(model, "name_or_path", "")) else None
+    except InputError:
+        return None
 
 
 def _bytes(sites: list[Site], surgery: Surgery, tokens: int) -> schema.Bytes:

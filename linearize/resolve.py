@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,6 +81,11 @@ def resolve(
     )
     label = None if recipe is None or isinstance(recipe, Mapping) else str(recipe)
     return Resolved(plan.checked(), config, source, label, tuple(notes))
+
+
+def short(name: str | None) -> str:
+    """A model or recipe in the names of files: "owner/Llama-3.2-1B" -> "llama-3.2-1b"; None is the embedded teacher."""
+    return re.sub(r"\.(gguf|ya?ml)$", "", Path(name or "embedded").name.lower())
 
 
 def _agrees(config: Any, form: Mapping[str, Any] | None) -> bool:

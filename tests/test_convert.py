@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 import linearize
 from linearize import api, models
@@ -93,6 +95,7 @@ def test_the_folder_holds_what_is_promised(converted):
     assert not work_folder(converted).exists()
     report = json.loads((converted / "report.json").read_text())
     assert report["implementations"]["mapped_linear"] == ["torch"]
+    assert report["model"]["license"] == "apache-2.0" and "license: apache-2.0" in (converted / "README.md").read_text()
     rows = {row["name"] for row in report["rows"]}
     assert rows >= {
         "teacher", "swapped", "after transfer", "student", "zero-token window", "window-only student", "window_off",
@@ -124,6 +127,10 @@ def test_the_other_commands_read_it(converted, stories):
     assert again.evaluation != measured.evaluation
     assert {row.name for row in measured.rows} >= {"teacher", "student", "linear_off", "zero-token window"}
     assert measured.rows[0].name == "teacher" and measured.rows[0].kl == 0
+    out = io.StringIO()
+    Console(file=out, width=200).print(measured.render())
+    assert "layers." in out.getvalue() and "Repeated 4-grams" in out.getvalue()
+    assert measured.as_dict()["generation"]["nll_student"] > 0
     assert len(api.inspect(converted).sites) == 5
     assert api.report(converted).report.method == "hedgehog"
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from report_example import example, row
 
+from linearize.models import Source, source
 from linearize.report import card, files, html, plots, provenance, readme, schema, summary, tables, verdict
 from linearize.report.looks import Picture
 from linearize.report.schema import Bench, Report, Result, Row
@@ -333,6 +334,9 @@ def test_summary(report: Report, width: int) -> None:
     assert max(len(line) for line in text.splitlines()) <= width
     for words in ("after LoRA", "zero-token window", "432 MiB", "982 KiB", report.verdict.headline, "report.html"):
         assert words in text
+    said = " ".join(text.split())
+    assert "off by 0.100, 0.200, 0.300 of the teacher's after 1, 3, 5 layers" in said
+    assert "on its own continuations: 1.100, on the student's: 1.240. Repeated 4-grams: 2.0 % against 3.0 %" in said
     assert "<b>loved</b>" in text
 
 
@@ -434,8 +438,36 @@ def test_card(report: Report, drawn: list[plots.Drawing], tmp_path: Path, monkey
     assert {m["type"]: m["value"] for m in metrics}["perplexity"] == report.row("student").perplexity  # type: ignore
     text = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert "kind: transfer" in text, "the recipe is inside"
-    assert card.license_of(tmp_path) == "mit"
-    assert card.license_of(tmp_path / "nowhere") is None
+    assert card.license_of(Source(str(tmp_path), "folder")) == "mit"
+    assert card.license_of(Source(str(tmp_path / "nowhere"), "folder")) is None
+
+
+def test_the_licence_is_read_where_the_base_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    assert {card.license_of(source(task=task)) for task in ("text", "image", "diffusion")} == {"apache-2.0"}
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(tmp_path / "small.gguf", "llama")
+    writer.add_license("mit")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert card.license_of(source(tmp_path / "small.gguf")) == "mit"
+
+    asked = []
+
+    def download(name: str, file: str, revision: str | None = None) -> str:
+        asked.append((name, file, revision))
+        if name == "owner/bare":
+            raise huggingface_hub.errors.LocalEntryNotFoundError("no network")
+        (tmp_path / "README.md").write_text("---\nlicense: gpl-3.0\n---\n")
+        return str(tmp_path / "README.md")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert card.license_of(source("owner/bare")) is None
+    assert card.license_of(source("owner/name", revision="v2")) == "gpl-3.0" and asked[1][2] == "v2"
 
 
 def test_card_of_an_adapter_on_a_hub_model(tmp_path: Path) -> None:

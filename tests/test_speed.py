@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 import linearize
 from linearize import api
@@ -49,9 +50,12 @@ def test_bench_of_a_form(form, lengths, rows, tmp_path):
     recipe = {"version": 1, "model": {"form": {**form, **sizes}}, "method": {"layers": "all"}}
     recipe["method"]["mixer"] = {"window": 0, "sinks": 0}
     recipe["task"] = "image" if "patch_size" in form else "text"
-    done = api.bench(recipe=recipe, lengths=lengths, repeats=1, random_weights=True, output_dir=tmp_path, device="cpu")
+    file = tmp_path / "form-1.5.yaml"
+    file.write_text(yaml.safe_dump(recipe))
+    done = api.bench(recipe=file, lengths=lengths, repeats=1, random_weights=True, output_dir=tmp_path, device="cpu")
     assert [row.name for row in done.bench.rows] == rows
     assert done.bench.notes == ["random weights of this form"] and done.file.is_file()
+    assert done.file.stem == done.bench.name == "form-1.5-hedgehog", "files of several recipes stand beside each other"
     assert ("student_peak_bytes" in done.bench.units) == (recipe["task"] == "image")
 
 

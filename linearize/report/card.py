@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -12,6 +12,9 @@ from linearize.report import tables
 from linearize.report.schema import Report
 from linearize.storage import write_atomic
 from linearize.types import InputError
+
+if TYPE_CHECKING:
+    from linearize.models import Source
 
 _PIPELINE = {"text": "text-generation", "sentences": "sentence-similarity", "image": "image-classification"}
 _PIPELINE["diffusion"] = "unconditional-image-generation"
@@ -184,15 +187,35 @@ def _fence(text: str, language: str = "") -> str:
     return f"{mark}{language}\n{text.rstrip()}\n{mark}"
 
 
-def license_of(folder: str | Path) -> str | None:
-    """The licence that the card in a local model folder states, or None."""
+def license_of(where: Source) -> str | None:
+    """The licence that the model's own card states, or its GGUF file; None where neither does or the card cannot be
+    read. Of a hub model the card is fetched, which is kilobytes beside its weights."""
+    folder = Path(where.name)
+    if where.gguf and (found := _of_gguf(folder / where.gguf)):
+        return found
+    path: str | Path = folder / "README.md"
+    if where.kind == "hub":
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import HfHubHTTPError
+
+        try:
+            path = hf_hub_download(where.name, "README.md", revision=where.revision)
+        except (OSError, ValueError, HfHubHTTPError):  # no card, no network, or not allowed to go there
+            return None
     try:
-        text = (Path(folder) / "README.md").read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8")
         found = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
         stated = (yaml.safe_load(found.group(1)) or {}).get("license") if found else None
     except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError):
         return None
     return stated if isinstance(stated, str) else None
+
+
+def _of_gguf(file: Path) -> str | None:
+    from gguf import GGUFReader
+
+    field = GGUFReader(file).get_field("general.license")
+    return None if field is None else str(field.contents()) or None
 
 
 def check_card(path: str | Path) -> None:

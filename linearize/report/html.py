@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from linearize.report import tables
+from linearize.report import beside, tables
 from linearize.report.schema import Provenance, Report
 from linearize.storage import write_atomic
 
@@ -165,12 +165,7 @@ def _samples(report: Report) -> list[str]:
             f"<div class=student><h3>student</h3>{prompt}{escape(sample.student)}</div></div>"
         )
     if (made := report.generation) is not None:
-        own, other = tables.number(made.nll_teacher, 3), tables.number(made.nll_student, 3)
-        repeats = f"{tables.percent(made.repetition_teacher)} against {tables.percent(made.repetition_student)}"
-        out.append(
-            f"<p class=note>The teacher's nats per token on its own continuations: {own}, on the student's: {other}. "
-            f"Repeated 4-grams: {repeats}.</p>"
-        )
+        out.append(f"<p class=note>{escape(beside.continuations(made))}</p>")
     return out
 
 
@@ -195,7 +190,8 @@ def _layers(report: Report) -> str:
 
 def _runs(report: Report) -> dict[str, str]:
     recipe = f"{report.recipe or 'none'} (plan {report.plan_digest})"
-    return {"recipe": recipe, "seeds": ", ".join(map(str, report.seeds))}
+    licence = report.model.license or "not stated where it was loaded from"
+    return {"recipe": recipe, "seeds": ", ".join(map(str, report.seeds)), "base's licence": licence}
 
 
 def provenance(report: Provenance, more: dict[str, str]) -> str:

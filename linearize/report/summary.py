@@ -1,4 +1,4 @@
-"""What convert, eval and report print: the table, a sample side by side, the verdict, where things are."""
+"""What convert, eval and report print: the table, lines beside it, two samples, the verdict, where things are."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from linearize.report import tables
+from linearize.report import beside, tables
 from linearize.report.schema import Report, Sample
 
 COLOURS = {"good": "green", "weak": "yellow", "dead": "bold red", "failed": "bold red", "unknown": "dim"}
@@ -35,6 +35,8 @@ class _Summary:
         for table in (tables.parts_table(report), None if wide else tables.state_table(report)):
             if table is not None and table.rows:
                 yield tables.render(table, "rich")
+        for line in beside.lines(report.rows, report.generation):
+            yield Text(line, style="dim")
         for sample in report.sample[:1] if report.task == "text" else ():
             yield _pair(sample)
         yield Text(f"{report.verdict.headline}.", style=COLOURS[report.verdict.level])

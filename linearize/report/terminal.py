@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from linearize.report import tables
+from linearize.report import beside, tables
 from linearize.report.tables import count, size
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ def evaluated(answer: Evaluated) -> RenderableType:
             tables.number(row.copy_nll, 3),
             tables.percent(row.gap_closed, 0),
         )
-    return Group(table, said)
+    return Group(table, *(Text(line, style="dim") for line in beside.lines(answer.rows, answer.generation)), said)
 
 
 def inspected(answer: Inspected) -> RenderableType:
