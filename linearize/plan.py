@@ -450,9 +450,10 @@ class Plan(BaseModel):
 
 
 def _unbounded(plan: Plan, settings: Any) -> bool:
-    """Every layer linear over everything, without RoPE."""
-    no_positions = getattr(settings, "rope", "keep") == "undo" and not getattr(settings, "window", 0)
-    return no_positions and plan.method.layers in ("auto", "all")
+    """Every layer linear over everything, without RoPE: no window and no sinks, whose softmax is of rotated keys. With
+    layers "auto" it is so far a wish: `resolve.choose` refuses where the model's own sizes leave a layer as it was."""
+    rotated = getattr(settings, "window", 0) or getattr(settings, "sinks", 0)
+    return getattr(settings, "rope", "keep") == "undo" and not rotated and plan.method.layers in ("auto", "all")
 
 
 # ------------------------------------------------------------------------------------------------ messages

@@ -111,11 +111,11 @@ def choose(plan: Plan, model: nn.Module) -> tuple[list[Site], list[Site], dict[s
 
     With layers "auto" a site whose state would exceed the teacher's own cache at the plan's target length is left
     alone; layers that are named are converted regardless. Raises Unsupported where nothing remains, or where the
-    method does not fit.
+    method does not fit, InputError where sequences are to be longer than the positions of a layer left alone.
     """
     from linearize.mixers import base as mixers
     from linearize.surgery.select import find, parse_layers, worthwhile
-    from linearize.types import Unsupported
+    from linearize.types import InputError, Unsupported
 
     sites, settings = find(model), plan.mixer()
     if plan.method.layers == "auto":
@@ -123,6 +123,13 @@ def choose(plan: Plan, model: nn.Module) -> tuple[list[Site], list[Site], dict[s
         if not chosen:
             reason = next(iter(left.values()))
             raise Unsupported(f"no layer would gain: {reason}; convert them all the same with --layers all")
+        config: Any = model.config
+        limit = getattr(config.get_text_config(), "max_position_embeddings", None) if plan.task == "text" else None
+        if left and limit and plan.data.length > limit and not plan.data.allow_longer:
+            raise InputError(
+                f"data.length: {plan.data.length} is more than the model's {limit} positions, which {len(left)} layers "
+                f"that are left alone keep ({next(iter(left))}): shorten it, or pass --layers all or --allow-longer"
+            )
         return sites, chosen, left
     chosen = parse_layers(plan.method.layers, sites)
     for site in chosen:

@@ -3,12 +3,15 @@
 import re
 
 import pytest
+import torch
 import yaml
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from linearize import api
 from linearize.plan import Plan
 from linearize.recipe import defaults as task_defaults
 from linearize.recipe import folder, parse_override, recipe_for, recipes
+from linearize.resolve import choose
 from linearize.types import InputError
 
 PAPERS = [
@@ -198,6 +201,38 @@ def test_problems(override, said):
     assert said in problem
     with pytest.raises(InputError):
         Plan.read("demo", [override]).checked()
+
+
+@pytest.mark.parametrize(
+    ("mixer", "layers", "allowed"),
+    [
+        ("{rope: undo, window: 0, sinks: 0}", "all", True),
+        ("{rope: undo, window: 0, sinks: 0}", "auto", True),
+        ("{rope: undo, window: 0, sinks: 0}", "keep:0", False),
+        ("{rope: undo, window: 0, sinks: 4}", "all", False),  # sinks are softmax over rotated keys
+        ("{rope: undo, window: 8, sinks: 0}", "all", False),
+        ("{rope: keep, window: 0, sinks: 0}", "all", False),
+    ],
+)
+def test_what_may_be_longer_than_the_positions(mixer, layers, allowed):
+    plan = Plan.read("demo", [f"method.mixer={mixer}", f"method.layers={layers}", "data.length=1024"])
+    assert plan.longer() is allowed
+    assert any("512 positions" in problem for problem in plan.problems()) is not allowed
+
+
+def test_layers_left_alone_keep_their_positions():
+    """Whether layers "auto" means every layer is known only once the model's own sizes are."""
+    with torch.device("meta"):
+        config = AutoConfig.for_model(
+            "gemma2", num_hidden_layers=4, sliding_window=16, hidden_size=64, head_dim=16, num_attention_heads=4,
+            num_key_value_heads=2, intermediate_size=64, vocab_size=64, max_position_embeddings=512,
+        )  # fmt: skip
+        model = AutoModelForCausalLM.from_config(config)
+    wanted = ["method.mixer={rope: undo, window: 0, sinks: 0}", "data.length=1024"]
+    for layers, more in (("auto", ["data.length=512"]), ("auto", ["data.allow_longer=true"]), ("all", [])):
+        choose(Plan.read("demo", [*wanted, f"method.layers={layers}", *more]), model)
+    with pytest.raises(InputError, match=r"512 positions, which 2 layers .*model\.layers\.0\.self_attn.*--layers all"):
+        choose(Plan.read("demo", [*wanted, "method.layers=auto"]), model)
 
 
 def test_window_losses_need_a_window():

@@ -11,17 +11,20 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import linearize
 from linearize.data.text import Tokens
+from linearize.mixers.base import build
 from linearize.plan import FinetunePlan, LoraPlan, TransferPlan
 from linearize.stages.base import Job
 from linearize.stages.finetune import Finetune, finetune, lora_targets
 from linearize.stages.head import logit_losses
 from linearize.stages.loop import Order, rate
-from linearize.stages.transfer import Transfer, transfer
+from linearize.stages.transfer import Transfer, map_divergence, transfer
 from linearize.testing.pico import pico
-from linearize.types import GateError, InputError
+from linearize.types import Context, GateError, InputError, SiteShape
 
 LENGTH, BATCH, STEPS = 16, 4, 5
 TRANSFER = TransferPlan(kind="transfer", tokens=LENGTH * BATCH * STEPS, batch=BATCH, lr=1e-2)
@@ -91,8 +94,9 @@ def test_bfloat16_is_for_products_outside_the_mixers(stage):
     assert torch.allclose(found["float32"], found["bfloat16"], rtol=0.05)
 
 
-def test_a_map_in_pieces_is_the_map():
-    made = job({"window": 4})
+@pytest.mark.parametrize("mixer", [{"window": 4}, {"window": 4, "sinks": 2}])
+def test_a_map_in_pieces_is_the_map(mixer):
+    made = job(mixer)
     found = []
     for chunk in (512, 5):
         plan = TRANSFER.model_copy(update={"output": 0.0, "map": 1.0, "map_chunk": chunk})
@@ -105,6 +109,35 @@ def test_a_map_in_pieces_is_the_map():
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
     for whole, pieces in zip(found[0][1], found[1][1], strict=True):
         assert torch.allclose(whole, pieces, atol=1e-7)
+
+
+class _Largest(TorchDispatchMode):
+    """The most elements of any tensor that an operation makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.elements = max(self.elements, *(t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor)), 0)
+        return out
+
+
+@pytest.mark.parametrize(
+    ("method", "mixer"), [("hedgehog", {}), ("hedgehog", {"decay": "gated"}), ("lawcat", {"gate": "constant"})]
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_map_in_pieces_never_makes_the_whole(method, mixer, packed):
+    """Forward or backward, with the sinks that a document has of its own."""
+    shape, T, chunk = SiteShape(heads=2, kv_heads=1, key_dim=4, value_dim=4, width=8, scale=0.5), 256, 4
+    mixer = build(method, shape, {"window": 4, "sinks": 4, "rope": "keep", **mixer})
+    q, k, v = (torch.randn(1, heads, T, 4) for heads in (2, 1, 1))
+    ctx = Context(causal=True, scale=0.5, segments_BT=torch.arange(T)[None] // 100 if packed else None)
+    with _Largest() as largest:
+        map_divergence(mixer, q, k, v, ctx, chunk).backward()
+    assert chunk * T < largest.elements < T * T
+    with _Largest() as largest:
+        map_divergence(mixer, q, k, v, ctx, T)
+    assert largest.elements >= T * T
 
 
 def test_transfer_leaves_the_stream_and_skips_the_head():

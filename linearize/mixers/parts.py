@@ -266,11 +266,18 @@ def local_mask(
     column = torch.arange(visible.shape[-1], device=visible.device)
     distance = column[rows, None] - column
     local = (distance.abs() < window_width).expand_as(visible)
-    if sinks:  # how many tokens of its document stand before each
-        codes = ctx.codes(like_BHTK)
-        rank = (codes[:, :, None] == codes[:, None]).tril(-1).sum(-1)
-        local = local | (rank < sinks)[:, None]
+    if sinks:
+        local = local | (_ranks_by_sorting(ctx.codes(like_BHTK)) < sinks)[:, None]
     return visible, visible & local
+
+
+def _ranks_by_sorting(codes_BT: Tensor) -> Tensor:
+    """How many tokens of its document stand before each, int64 [B, T]. Not as `LocalBranch` counts them, which it is
+    there to check, and without a T x T tensor, so that long maps can be made piece by piece."""
+    ordered_BT, column_BT = codes_BT.sort(dim=1, stable=True)
+    first_BT = torch.searchsorted(ordered_BT, ordered_BT)  # of its document, in that order
+    rank_BT = torch.arange(codes_BT.shape[1], device=codes_BT.device) - first_BT
+    return torch.zeros_like(rank_BT).scatter(1, column_BT, rank_BT)
 
 
 class Combination(nn.Module):
@@ -279,7 +286,8 @@ class Combination(nn.Module):
     "lolcats": numerators and denominators are added, the local ones relative to the local maximum and times
     gamma = sigmoid(g) per head (2410.10254 equation 7; the shift is not undone on the linear term: it is part of the
     function). "lse": the far branch's mass is taken for exp(L) with L = log z + a_h + b_h |q| and merged by
-    log-sum-exp; a and b learn the teacher's far mass.
+    log-sum-exp. a and b learn with the maps from whatever loss reads the merged output or map; the teacher's far mass
+    itself teaches them only where a stage sets `mass` (0 by default, see recipes/LOG.md, H2).
     """
 
     def __init__(self, rule: Literal["lolcats", "lse"], heads: int, columns: int) -> None:
