@@ -15,13 +15,15 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Resolved:
     """What was asked for, made definite. source is None where the model was handed over, or where only its form is
-    known. recipe: the name of the one used, if any. notes: what a user may not have expected."""
+    known. recipe: the name of the one used, if any. notes: what a user may not have expected. revision: the commit that
+    the model was loaded from, where the hub gave one."""
 
     plan: Plan
     config: Any
     source: Source | None
     recipe: str | None
     notes: tuple[str, ...] = ()
+    revision: str | None = None
 
 
 @dataclass(frozen=True)

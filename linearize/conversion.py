@@ -113,7 +113,7 @@ def run(
         say(f"loading {origin.id or 'the embedded teacher'}")
         loaded = models.load_model(origin, dtype=plan.model.dtype, device=device, trust_remote_code=trust_remote_code)
         model, processor = loaded.model, processor or loaded.processor
-        resolved = replace(resolved, notes=(*resolved.notes, *loaded.notes))
+        resolved = replace(resolved, notes=(*resolved.notes, *loaded.notes), revision=loaded.revision)
     assert model is not None
     if processor is None and not isinstance(data, Examples):
         processor = models.processor_of_model(model, plan.task)
@@ -294,7 +294,7 @@ def _report(
         model=schema.Model(
             id=plan.model.id or ("embedded" if resolved.source is not None else type(model).__name__),
             source="object" if resolved.source is None else resolved.source.kind,
-            revision=plan.model.revision,
+            revision=resolved.revision,
             type=models.type_of(model),
             parameters=sum(p.numel() for n, p in model.named_parameters() if CHILD not in n and "lora_" not in n),
             layers=len(sites),
@@ -352,7 +352,7 @@ def _write(target: Path, work: Work, job: Job, task: Task, report: Report, held_
     with atomic_folder(target, part=work.sub("output")) as folder:
         if not plan.output.adapter_only and any("lora_" in name for name, _ in job.model.named_parameters()):
             merge(job.model)
-        task.write(job.surgery, folder)
+        task.write(job.surgery, folder, report.model.revision)
         if held_out is not None:
             held_out.write(folder)
         write_atomic(folder / "resolved_recipe.yaml", plan.dump())

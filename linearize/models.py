@@ -325,7 +325,7 @@ def _denoiser(where: Source, form: Any, dtype: Any, device: Any, **options: Any)
     model = denoisers.load(where.name, form, precision, where.revision, **options).to(device)
     check_finite(model)
     scheduler = denoisers.load_scheduler(where.name, form, where.revision)
-    return Loaded(model.eval(), scheduler, where.id, where.revision, "diffusion", where)
+    return Loaded(model.eval(), scheduler, where.id, _commit(where), "diffusion", where)
 
 
 def load_converted(
@@ -351,7 +351,7 @@ def load_converted(
     else:
         loaded, name = Loaded(where, None, None, None, task_of(where), Source("", "object")), None
     if adapter is not None:
-        files.load_adapter(loaded.model, adapter, name=name)
+        files.load_adapter(loaded.model, adapter, name=name, revision=loaded.revision)
     elif Surgery.of(loaded.model) is None:
         raise InputError(f"{where or 'the embedded teacher'} is not a converted model: convert it first")
     return loaded
@@ -436,7 +436,7 @@ def processor_of_model(model: Any, task: str) -> Any:
     if not name and task == "image":
         return None
     if not name:
-        raise InputError("this model does not say where it came from: pass its tokenizer, convert(..., tokenizer=...)")
+        raise InputError("this model does not say where it came from: pass its tokenizer, (..., tokenizer=...)")
     return processor_of(source(name), task)
 
 
@@ -466,8 +466,11 @@ def _commit(where: Source) -> str | None:
         return None
     from huggingface_hub import try_to_load_from_cache
 
-    path = try_to_load_from_cache(where.name, "config.json", revision=where.revision or "main")
-    return Path(path).parent.name if isinstance(path, str) else where.revision
+    for file in ("config.json", "model_index.json"):
+        path = try_to_load_from_cache(where.name, file, revision=where.revision or "main")
+        if isinstance(path, str):
+            return Path(path).parent.name
+    return where.revision
 
 
 def _weights_refusal(where: Source, error: Exception) -> InputError | Unsupported:

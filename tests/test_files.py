@@ -7,6 +7,7 @@ import errno
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import linearize
@@ -218,6 +220,20 @@ def test_tensors_missing_unknown_or_cut_off(tmp_path):
         assert caught.value.code == 5
 
 
+def test_mixers_that_are_never_reached_are_noticed_at_loading(tmp_path, monkeypatch):
+    """A model that stays softmax would be silently wrong."""
+    model = convert()
+    files.save(model, tmp_path / "a")
+    files.save_adapter(model, tmp_path / "b", base=None)
+    assert linearize.Surgery.of(linearize.load(tmp_path / "a")).calls == 4
+    monkeypatch.setattr(hf, "set_implementation", lambda config, name: None)
+    base = pico("llama")
+    for load in (lambda: linearize.load(tmp_path / "a"), lambda: linearize.load(base, adapter=tmp_path / "b")):
+        with pytest.raises(Unsupported, match="was reached 0 times"):
+            load()
+    assert linearize.Surgery.of(base) is None
+
+
 def test_a_newer_format_is_refused(tmp_path):
     files.save(convert(), tmp_path / "a")
     config = json.loads((tmp_path / "a" / "config.json").read_text())
@@ -419,13 +435,43 @@ def test_a_prompt_knows_its_model(tmp_path):
         linearize.restore(pico("llama"), tmp_path / "p")
     with pytest.raises(InputError, match="empty"):
         linearize.prefix(model, [])
-    with pytest.raises(InputError, match="tokenizer"):
+    with pytest.raises(InputError, match="pass its tokenizer"):
         linearize.prefix(model, "words")
     (tmp_path / "p").write_bytes((tmp_path / "p").read_bytes()[:-20])
     with pytest.raises(StorageError, match="damaged"):
         linearize.restore(model, tmp_path / "p")
     with pytest.raises(InputError, match="no state file"):
         linearize.restore(model, tmp_path / "q")
+
+
+def test_a_prompt_of_words_finds_the_tokenizer(folder, tmp_path):
+    """Beside the model, where that came from."""
+    model = models.load_model(folder).model
+    linearize.attach(model, None, "hedgehog", HYBRID)
+    prompt = linearize.prefix(model, "5 6 7", file=tmp_path / "p")
+    assert prompt.prefix_ids.tolist() == [[5, 6, 7]]
+    assert torch.equal(linearize.restore(model, tmp_path / "p").prefix_ids, prompt.prefix_ids)
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(InputError, match="has no tokenizer"):
+        linearize.prefix(model, "5 6 7")
+
+
+def test_a_state_of_another_layout_is_refused(tmp_path, monkeypatch):
+    model = convert(settings=HYBRID)
+    kind = type(next(iter(linearize.Surgery.of(model).mixers.values())))
+    prompt = linearize.prefix(model, [5, 6, 7], file=tmp_path / "p")
+    assert files.describe(linearize.Surgery.of(model))["state_version"] == prompt.state_version == kind.state_version
+    for other, remedy in ((kind.state_version + 1, "run linearize.prefix again"), (0, "pip install --upgrade")):
+        monkeypatch.setattr(kind, "state_version", other)
+        for state_of in (prompt, tmp_path / "p"):
+            with pytest.raises(Unsupported, match=f"layout 1, and this linearize reads layout {other}: {remedy}"):
+                linearize.restore(model, state_of)
+    monkeypatch.setattr(kind, "state_version", 1)
+    with safe_open(tmp_path / "p", framework="pt") as file:  # one of before there were numbers
+        said = json.loads(file.metadata()["linearize"])
+    said.pop("state_version")
+    save_file(load_file(tmp_path / "p"), tmp_path / "p", {"linearize": json.dumps(said)})
+    linearize.restore(model, tmp_path / "p")
 
 
 def test_what_is_remembered_does_not_grow():
@@ -444,10 +490,12 @@ def folder(tmp_path):
     """A small plain checkpoint with a tokenizer."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
     from transformers import PreTrainedTokenizerFast
 
     pico("llama").save_pretrained(tmp_path / "m")
     words = Tokenizer(WordLevel({str(i): i for i in range(97)}, unk_token="0"))
+    words.pre_tokenizer = Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="0").save_pretrained(tmp_path / "m")
     return tmp_path / "m"
 
@@ -461,6 +509,41 @@ def test_a_folder_is_loaded_with_what_belongs_to_it(folder):
     loaded = models.load_model(folder, device="cpu")
     assert loaded.model.dtype == torch.float32 and "float16" in loaded.notes[0]
     assert models.load_model(folder, dtype=torch.float16).model.dtype == torch.float16
+
+
+@pytest.fixture
+def hub(folder, tmp_path, monkeypatch):
+    """A function that makes a commit of "maker/tiny" in a cache of the hub, out of reach of the hub itself."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    place = tmp_path / "hub" / "models--maker--tiny"
+
+    def commit(digit: str) -> str:
+        (place / "refs").mkdir(parents=True, exist_ok=True)
+        (place / "refs" / "main").write_text(digit * 40)
+        shutil.copytree(folder, place / "snapshots" / (digit * 40))
+        return digit * 40
+
+    return commit
+
+
+def test_an_adapter_knows_the_commit_of_its_base(hub, tmp_path, caplog):
+    first = hub("a")
+    text = tmp_path / "text.jsonl"
+    text.write_text("\n".join(json.dumps({"text": " ".join(str((i * j) % 97) for j in range(40))}) for i in range(60)))
+    sizes = {
+        "data.length": 64, "data.valid_tokens": 512, "eval.window": 4, "eval.sinks": 0, "eval.limit": 2,
+        "eval.generate": 0, "eval.window_only": False, "output.adapter_only": True,
+        "stages.transfer.tokens": 256, "stages.finetune.tokens": 256,
+    }  # fmt: skip
+    done = linearize.convert("maker/tiny", data=str(text), overrides=sizes, output_dir=tmp_path / "a")
+    assert done.report.model.revision == files.read_adapter(tmp_path / "a")["base"]["revision"] == first
+    second = hub("b")
+    assert models.load_model("maker/tiny").revision == second
+    caplog.clear()
+    assert models.load_converted(tmp_path / "a").revision == first and not caplog.messages  # by its commit
+    models.load_converted("maker/tiny", tmp_path / "a")
+    assert caplog.messages == [f"the adapter was made for maker/tiny at commit {first}, this is commit {second}"]
 
 
 def test_a_converted_folder_is_a_model_too(folder):

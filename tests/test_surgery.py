@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import ast
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from accelerate import cpu_offload, dispatch_model
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_submodules
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
 
 import linearize
 from linearize.seams import interface
@@ -176,6 +180,61 @@ def test_a_site_that_does_not_fire_is_named():
     with pytest.raises(Unsupported, match=r"model\.spare\.self_attn was reached 0 times"):
         linearize.attach(model, None, "hedgehog")
     assert linearize.Surgery.of(model) is None
+
+
+def test_layers_without_a_site_are_named(caplog):
+    """By the configuration, whatever is in them; not those that it says are something else, or whose softmax is told of
+    anyway."""
+    assert linearize.find(pico("llama")) and not caplog.messages
+    model = pico("llama")
+    model.model.layers[1].self_attn = model.model.layers[3].self_attn = torch.nn.Identity()
+    assert len(linearize.find(model)) == 2
+    [said] = caplog.messages
+    assert "model.layers.1, model.layers.3: surgery reaches no attention" in said
+    caplog.clear()
+    model.config.layer_types = ["full_attention", "conv", "full_attention", "linear_attention"]
+    assert len(linearize.find(model)) == 2 and not caplog.messages
+    del model.config.layer_types
+    model.model.layers[1].self_attn = model.model.layers[3].self_attn = _ByHandAttention()
+    assert len(linearize.find(model)) == 2
+    [said] = caplog.messages
+    assert "write softmax by hand" in said
+    caplog.clear()
+    model.model.layers[1].self_attn = model.model.layers[3].self_attn = model.model.layers[2].self_attn
+    assert len(linearize.find(model)) == 2 and not caplog.messages  # shared: one site for three layers
+
+
+class _ByHandAttention(torch.nn.Module):
+    def forward(self, x):
+        return (x @ x.mT).softmax(-1) @ x
+
+
+def test_a_site_that_is_gone_past_later_is_named():
+    surgery = linearize.attach(pico("llama"), None, "hedgehog")
+    surgery.reach()
+    assert surgery.calls == 4
+    module = surgery.model.model.layers[2].self_attn
+    module.config = surgery.model.config  # as if somebody had put the teacher's own attention back
+    with pytest.raises(Unsupported, match=r"layers\.2\.self_attn was reached 0 times .*called it 1 times \(1 of 4"):
+        surgery.reach()
+
+
+def test_private_names_of_transformers_are_in_one_file():
+    """Those of models and configurations, and modules below the first level."""
+    plain = {*dir(torch.nn.Module()), *dir(object)}
+    theirs = {*dir(PreTrainedModel), *dir(PreTrainedConfig()), "_hf_peft_config_loaded"} - plain
+    theirs = {name for name in theirs if name.startswith("_") and not name.startswith("__")}
+    allowed = {"hooks.py": {"_hf_peft_config_loaded"}, "plugin.py": {"_name_or_path"}}  # of peft, of diffusers
+    folder = Path(linearize.__file__).parent
+    for file in sorted(folder.rglob("*.py")):
+        if file == folder / "seams" / "hf.py":
+            continue
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            said = {getattr(node, key, None) for key in ("attr", "id", "name", "value")}
+            found = {x for x in said if isinstance(x, str)} & theirs - allowed.get(file.name, set())
+            assert not found, f"{file}:{getattr(node, 'lineno', 0)}: {found} belongs into seams/hf.py"
+            deep = isinstance(node, ast.ImportFrom) and re.match(r"transformers\.(?!utils$)", node.module or "")
+            assert not deep, f"{file}:{node.lineno}: {node.module} belongs into seams/hf.py"
 
 
 def test_flex_attention_is_refused():

@@ -52,6 +52,8 @@ class Mixer(nn.Module, ABC):
     teaches: ClassVar[bool] = False
     #: settings that may change after training, no parameter depending on them
     adjustable: ClassVar[frozenset[str]] = frozenset()
+    #: of the state's layout: one more wherever a state of the same settings would be read wrongly by its last readers
+    state_version: ClassVar[int] = 1
 
     def __init__(self, shape: SiteShape, config: MixerConfig) -> None:
         super().__init__()
@@ -116,7 +118,8 @@ class Mixer(nn.Module, ABC):
 
     @abstractmethod
     def state_spec(self) -> list[StateSpec]:
-        """The state's tensors in order: stable and versioned, serving reads it. Empty where there is none."""
+        """The state's tensors in order: stable, and versioned by `state_version`, since serving reads it. Empty where
+        there is none."""
 
     @abstractmethod
     def cost(self, tokens: int) -> Cost:

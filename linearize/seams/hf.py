@@ -28,6 +28,7 @@ from transformers.cache_utils import (
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.masking_utils import AttentionMaskInterface, bidirectional_mask_function, causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from linearize.types import Unsupported
 
@@ -36,6 +37,7 @@ __all__ = [
     "AttentionMaskInterface",
     "Cache",
     "CacheLayerMixin",
+    "Conv1D",
     "DynamicCache",
     "DynamicLayer",
     "DynamicSlidingWindowLayer",
@@ -49,6 +51,7 @@ __all__ = [
     "causal_mask_function",
     "chunked_delta_rule",
     "get_implementation",
+    "keeping",
     "lightning_attention",
     "mapped",
     "masks",
@@ -117,6 +120,23 @@ def base_classes(model_type: str, architecture: str) -> tuple[type[Any], type[Pr
     if model_type not in CONFIG_MAPPING or model is None:
         return None
     return CONFIG_MAPPING[model_type], model
+
+
+def keeping(base: type[PreTrainedModel], child: str, apart: type[nn.Module]) -> type[Any]:
+    """A subclass of `base` that leaves modules of class `apart`, children called `child`, alone: they stay float32
+    under bf16, out of quantisation, and as their own code (or the file) has them."""
+
+    class Keeping(base):  # type: ignore[misc, valid-type]
+        # The first holds them out of quantisation (as a pattern), the second holds them at float32 under bf16.
+        _keep_in_fp32_modules = [*(base._keep_in_fp32_modules or []), f".*{child}"]
+        _keep_in_fp32_modules_strict = [*(base._keep_in_fp32_modules_strict or []), child]
+
+        def _init_weights(self, module: nn.Module) -> None:
+            kept = (m for m in self.modules() if isinstance(m, apart))
+            if not any(module is part for owner in kept for part in owner.modules()):
+                super()._init_weights(module)
+
+    return Keeping
 
 
 def register_subclass(

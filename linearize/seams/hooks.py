@@ -97,3 +97,9 @@ def lora_off(model: nn.Module) -> list[Any]:
 def lora_on(layers: list[Any]) -> None:
     for layer in layers:
         layer._disable_adapters = False
+
+
+def lora_forget(model: nn.Module) -> None:
+    """Take away what says that `model` has a LoRA, once no layer of it has one."""
+    for name in ("peft_config", "_hf_peft_config_loaded"):
+        model.__dict__.pop(name, None)

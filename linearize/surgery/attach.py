@@ -1,7 +1,8 @@
-"""Surgery: the only place that makes subclasses of attention modules, and the handle that undoes it.
+"""Surgery: where attention modules change their class, and the handle that undoes it.
 
-A converted module keeps its parameters and its name; its class becomes a made subclass whose forward hands the call's
-context to a port; its mixer is the one child `linearize_mixer`. Nothing else in the model changes.
+A converted module keeps its parameters and its name; its class becomes a subclass made in port.py (nowhere else),
+whose forward hands the call's context to a port; its mixer is the one child `linearize_mixer`. Nothing else in the
+model changes.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from linearize.mixers.base import Mixer, MixerConfig
 from linearize.seams import dit, grid, hf, hooks, interface
 from linearize.surgery.port import CHILD, PORT, Port, Watcher, made_subclass
 from linearize.surgery.probe import probe as check
-from linearize.surgery.probe import small_forward
+from linearize.surgery.probe import reach, small_forward
 from linearize.surgery.renew import renew
 from linearize.surgery.select import BIAS, WINDOWED, find, original_class
 from linearize.types import InputError, Site, Unsupported, nearest
@@ -58,8 +59,8 @@ class Surgery:
 
     @property
     def calls(self) -> int | None:
-        """How often one forward of the model calls its mixers (layers may share one); None where that was not counted,
-        in a model that was loaded."""
+        """How often one forward of the model calls its mixers (layers may share one); None where that was not
+        counted."""
         counted = [port.calls for port in self._ports()]
         return None if None in counted else sum(n for n in counted if n is not None)
 
@@ -141,6 +142,15 @@ class Surgery:
         finally:
             for mixer in having:
                 mixer.off = None
+
+    def reach(self) -> None:
+        """One small forward as the teacher: every call of a converted module comes by its mixer. For surgery that a
+        file repeats: what arrives there was checked when it was made. Raises Unsupported."""
+        with self.teacher():
+            try:
+                reach(self.model, self._ports(), small_forward)
+            except InputError as error:  # it was attached with inputs of the user's own
+                log.warning("not probed after loading: %s", error)
 
     def adjust(self, settings: dict[str, Any]) -> None:
         """Change settings of all mixers after training. Raises InputError for one that parameters depend on."""

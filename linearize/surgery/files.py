@@ -27,6 +27,7 @@ from linearize.surgery.attach import Surgery, attach
 from linearize.surgery.port import CHILD, PORT
 from linearize.surgery.recognise import PREFIX, fingerprint, form, recognise
 from linearize.surgery.select import find
+from linearize.surgery.state import state_version
 from linearize.types import InputError, StorageError, Unsupported
 
 log = logging.getLogger("linearize")
@@ -45,12 +46,14 @@ from linearize.surgery.files import classes
 
 # ------------------------------------------------------------------------------------- what the files say
 def describe(surgery: Surgery) -> dict[str, Any]:
-    """The `linearize` block: how to repeat this surgery without a probe."""
+    """The `linearize` block: how to repeat this surgery. state_version is for who reads states; weights do not depend
+    on it."""
     ports = [surgery.model.get_submodule(name).__dict__[PORT] for name in surgery.mixers]
     return {
         "format": FORMAT,
         "version": linearize.__version__,
         "method": surgery.method,
+        "state_version": state_version(surgery),
         "mixer": surgery.config.model_dump(mode="json"),
         "sites": [
             {"name": p.site.name, "layer": p.site.layer, "rotates": p.rotates, "rotary_channels": p.rotary_channels}
@@ -60,7 +63,8 @@ def describe(surgery: Surgery) -> dict[str, Any]:
 
 
 def repeat(model: nn.Module, block: Mapping[str, Any]) -> Surgery:
-    """The surgery that a `linearize` block describes, on a model of the same base; works on the meta device.
+    """The surgery that a `linearize` block describes, on a model of the same base. Works on the meta device, so without
+    a probe: `Surgery.reach` follows once the weights are there.
 
     Raises Unsupported for a block of a newer linearize, StorageError where a site is missing.
     """
@@ -123,28 +127,20 @@ def _classes(base_config: type[Any], base_model: type[Any]) -> tuple[type[Any], 
         },
     )
 
-    class Linearized(base_model):  # type: ignore[misc, valid-type]
+    class Linearized(hf.keeping(base_model, CHILD, Mixer)):  # type: ignore[misc]
         config_class = config
         linearize_base = base_model
-        # The first holds mixers out of quantisation (as a pattern), the second holds them at float32 under bf16.
-        _keep_in_fp32_modules = [*(base_model._keep_in_fp32_modules or []), f".*{CHILD}"]
-        _keep_in_fp32_modules_strict = [*(base_model._keep_in_fp32_modules_strict or []), CHILD]
         register_for_auto_class = classmethod(ignore)
 
         def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
             super().__init__(config, *args, **kwargs)
             repeat(self, config.linearize)
 
-        def _init_weights(self, module: nn.Module) -> None:
-            """Mixers start as their own code says; on the meta device every tensor of theirs comes from the file."""
-            mixers = (m for m in self.modules() if isinstance(m, Mixer))
-            if not any(module is part for mixer in mixers for part in mixer.modules()):
-                super()._init_weights(module)
-
         @classmethod
         def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
             model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
             _complete(model, info, args[0] if args else "the checkpoint")
+            _surgery(model).reach()
             return (model, info) if output_loading_info else model
 
         def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
@@ -415,24 +411,28 @@ def read_adapter(folder: str | Path) -> dict[str, Any]:
     return said
 
 
-def load_adapter(model: nn.Module, folder: str | Path, *, name: str | None = None) -> Surgery:
+def load_adapter(
+    model: nn.Module, folder: str | Path, *, name: str | None = None, revision: str | None = None
+) -> Surgery:
     """Convert `model`, the base that an adapter was made for, and load the adapter into it.
 
-    name: what to call the model in messages. The base is recognised by its sizes and its logits on stored prompts, so
-    a bf16 or quantised copy is taken, with a warning where it is far off. Raises InputError for another model (which
-    stays as it was), StorageError where tensors are missing, unknown or damaged.
+    name: what to call the model in messages. revision: its commit, where the hub gave one. The base is recognised by
+    its sizes and its logits on stored prompts, so a bf16 or quantised copy is taken, with a warning where it is far off
+    or of another commit. Raises InputError for another model (which stays as it was), Unsupported where a mixer is not
+    reached, StorageError where tensors are missing, unknown or damaged.
     """
     from safetensors.torch import load_file
 
     said, folder = read_adapter(folder), Path(folder)
     if Surgery.of(model) is not None:
         raise InputError("this model is converted already: detach it, or load the base again")
-    recognise(model, said["base"], name or getattr(model, "name_or_path", "") or type(model).__name__)
+    recognise(model, said["base"], name or getattr(model, "name_or_path", "") or type(model).__name__, revision)
     if problem := _damage(folder / ADAPTER_WEIGHTS):
         raise StorageError(f"{folder / ADAPTER_WEIGHTS} is damaged: {problem}; download or save it again")
     tensors = load_file(folder / ADAPTER_WEIGHTS)
     surgery = repeat(model, said["linearize"])
     try:
+        surgery.reach()
         if said["lora"] is not None:
             from peft import LoraConfig, inject_adapter_in_model
 

@@ -100,8 +100,7 @@ def eject_lora(model: Any, adapter: str) -> None:
     configs = model.__dict__.get("peft_config", {})
     configs.pop(adapter, None)
     if not configs:
-        for left in ("peft_config", "_hf_peft_config_loaded"):
-            model.__dict__.pop(left, None)
+        hooks.lora_forget(model)
 
 
 # -------------------------------------------------------------------------------------------------------------- writing

@@ -1,4 +1,5 @@
-"""Between an attention module and its mixer: the port, and the subclass whose forward hands it the call's context."""
+"""Between an attention module and its mixer: the port, and the subclass whose forward hands it the call's context, the
+only one that is made of an attention module."""
 
 from __future__ import annotations
 

@@ -3,11 +3,12 @@ planned for."""
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -59,12 +60,36 @@ def _ramp(*sizes: int, **kind: Any) -> Tensor:
 
 def probe(model: nn.Module, ports: Sequence[Port], run: Callable[[nn.Module], Any]) -> None:
     """Run once as the teacher and check what arrives at each port. Raises Unsupported."""
-    training = model.training
+    with _arrived(model, ports, run, plain=True):
+        if shared := [p for p in ports if p.fired > 1 and p.site.layer is not None]:
+            raise Unsupported(
+                f"{shared[0].site.name} was reached {shared[0].fired} times by one forward: layers that share one "
+                "module would share one place in the cache"
+            )
+        for port in ports:
+            _check_shapes(port)
+            _check_scores(port)
+            _check_grid(port, model.get_submodule(f"{port.site.name}.{CHILD}"))
+            if port.wants_plain:
+                _check_rotary(port, model.get_submodule(f"{port.site.name}.{CHILD}"))
+
+
+def reach(model: nn.Module, ports: Sequence[Port], run: Callable[[nn.Module], Any]) -> None:
+    """The first half of `probe`: every call of a converted module comes by its port. Raises Unsupported."""
+    with _arrived(model, ports, run, plain=False):
+        pass
+
+
+@contextlib.contextmanager
+def _arrived(model: nn.Module, ports: Sequence[Port], run: Callable[[nn.Module], Any], plain: bool) -> Iterator[None]:
+    """While it lasts, ports hold what one forward as the teacher brought them (plain: without rotation too, where a
+    mixer wants that). Raises Unsupported where a call of a module went past its port."""
+    training, modes = model.training, [port.mode for port in ports]
     model.eval()
     try:
         for port in ports:
             mixer: Any = model.get_submodule(f"{port.site.name}.{CHILD}")
-            port.mode, port.wants_plain, port.entered, port.fired = "probe", mixer.needs_rotary, 0, 0
+            port.mode, port.wants_plain, port.entered, port.fired = "probe", plain and mixer.needs_rotary, 0, 0
         with torch.no_grad():
             run(model)
         if missed := [p for p in ports if not p.fired or not p.entered or p.fired % p.entered]:
@@ -72,21 +97,12 @@ def probe(model: nn.Module, ports: Sequence[Port], run: Callable[[nn.Module], An
                 f"{missed[0].site.name} was reached {missed[0].fired} times by one forward of the model, which called "
                 f"it {missed[0].entered} times ({len(missed)} of {len(ports)} sites); a hook or wrapper is in the way"
             )
-        if shared := [p for p in ports if p.fired > 1 and p.site.layer is not None]:
-            raise Unsupported(
-                f"{shared[0].site.name} was reached {shared[0].fired} times by one forward: layers that share one "
-                "module would share one place in the cache"
-            )
         for port in ports:
             port.calls = port.fired if port.fired == port.entered else None  # image by image: as many as there are
-            _check_shapes(port)
-            _check_scores(port)
-            _check_grid(port, model.get_submodule(f"{port.site.name}.{CHILD}"))
-            if port.wants_plain:
-                _check_rotary(port, model.get_submodule(f"{port.site.name}.{CHILD}"))
+        yield
     finally:
-        for port in ports:
-            port.mode, port.wants_plain = "student", False
+        for port, mode in zip(ports, modes, strict=True):
+            port.mode, port.wants_plain = mode, False
             port.seen.clear()
             port.plain.clear()
         model.train(training)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -133,8 +134,9 @@ def form(model: nn.Module) -> dict[str, Any]:
     return {**sizes, "model_type": text.model_type.removeprefix(PREFIX)}
 
 
-def recognise(model: nn.Module, base: Mapping[str, Any], name: str) -> None:
-    """Raises InputError where `model` is not the base an adapter was made for."""
+def recognise(model: nn.Module, base: Mapping[str, Any], name: str, revision: str | None = None) -> None:
+    """Raises InputError where `model` is not the base an adapter was made for. Warns where it comes near in other
+    numbers, or is of another commit of the same id."""
     wanted = base["id"] or "the embedded teacher"
     wanted += f" (revision {base['revision']})" if base["revision"] else ""
     here = form(model)
@@ -159,3 +161,6 @@ def recognise(model: nn.Module, base: Mapping[str, Any], name: str) -> None:
             wanted,
             what.format(apart),
         )
+    commits = [text for text in (base["revision"], revision) if text and re.fullmatch("[0-9a-f]{40}", text)]
+    if name == base["id"] and len(set(commits)) == 2:  # a branch's name says nothing
+        log.warning("the adapter was made for %s at commit %s, this is commit %s", name, *commits)

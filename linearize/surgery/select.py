@@ -34,7 +34,7 @@ def find(model: nn.Module) -> list[Site]:
     SDPA), never by lists of names. Raises Unsupported, naming the module, where there is none or softmax is written by
     hand.
     """
-    sites, by_hand = _of_diffusion(model), []
+    sites, by_hand, known = _of_diffusion(model), [], []
     for name, module in [] if sites else model.named_modules():
         cls = original_class(module)
         if interface.reaches(cls):
@@ -44,7 +44,9 @@ def find(model: nn.Module) -> list[Site]:
         else:
             if sdpa.writes_softmax(cls) and _is_attention(cls):
                 by_hand.append(f"{name} ({cls.__name__})")
+                known.append(module)
             continue
+        known.append(module)
         if not is_cross(module) and not _is_given_keys(model, name):
             sites.append(_site(name, module, seam, _owners(model, name)))
     if not sites:
@@ -56,10 +58,34 @@ def find(model: nn.Module) -> list[Site]:
         raise Unsupported(f"no softmax attention found in {type(model).__name__}")
     if by_hand:
         log.warning("left alone: %s and %d more write softmax by hand", by_hand[0], len(by_hand) - 1)
-    expected = getattr(getattr(model, "config", None), "num_hidden_layers", None)
-    if expected is not None and expected != len(sites):
-        log.info("%d attention sites in a model of %d layers", len(sites), expected)
+    if missed := _without_attention(model, sites, known):
+        log.warning(
+            "left alone: %s: surgery reaches no attention there, and the configuration names no other kind of layer",
+            ", ".join(missed),
+        )
     return sites
+
+
+#: kinds of layers that configurations name and that have no softmax attention
+_OTHER_KINDS = {"linear_attention", "mamba", "mamba2", "recurrent", "conv", "moe", "mlp"}
+
+
+def _without_attention(model: nn.Module, sites: Sequence[Site], known: Sequence[nn.Module]) -> list[str]:
+    """Layers without attention that is `known`, counted against the configuration: of every list of as many layers as
+    it says, where some hold sites."""
+    found, seen = [], {id(module) for module in known}  # layers may share a module, which has one name
+    for path, layers in model.named_modules():
+        if not isinstance(layers, nn.ModuleList) or not any(site.name.startswith(f"{path}.") for site in sites):
+            continue
+        configs = [getattr(owner, "config", None) for owner in _owners(model, f"{path}.0")]
+        config = next((c for c in configs if hasattr(c, "num_hidden_layers")), None)
+        if config is None or config.num_hidden_layers != len(layers):
+            continue
+        kinds = _first((config,), "layer_types", "layers_block_type") or [None] * len(layers)
+        for index, kind in zip(range(len(layers)), kinds, strict=True):
+            if kind not in _OTHER_KINDS and not any(id(module) in seen for module in layers[index].modules()):
+                found.append(f"{path}.{index}")
+    return found
 
 
 def _of_diffusion(model: nn.Module) -> list[Site]:

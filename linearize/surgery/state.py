@@ -1,6 +1,6 @@
 """The prompt as a file: what a converted model remembers of a text, kept, branched and continued bit-exactly.
 
-    linearize.prefix(model, text, tokenizer, file="prompt.safetensors")
+    linearize.prefix(model, text, file="prompt.safetensors")
     cache = linearize.restore(model, "prompt.safetensors")              # in another process, or after a restart
     new = tokenizer(" And then", return_tensors="pt", add_special_tokens=False).input_ids
     model.generate(torch.cat([cache.prefix_ids, new], 1), past_key_values=cache)
@@ -36,13 +36,15 @@ FORMAT = 1
 class Prompt:
     """A prompt as the model remembers it. prefix_ids [B, T], attention_mask [B, T] (None: nothing is padding).
 
-    digest: of the model's weights. Never used up: `restore` makes a new cache every time.
+    digest: of the model's weights. state_version: of the mixers' state. Never used up: `restore` makes a new cache
+    every time.
     """
 
     cache: hf.Cache
     prefix_ids: Tensor
     attention_mask: Tensor | None
     digest: str
+    state_version: int
 
     @property
     def nbytes(self) -> int:
@@ -61,7 +63,13 @@ class Prompt:
             found, said = _describe(layer)
             tensors |= {f"layers.{index}.{name}": t for name, t in found.items()}
             layers.append(said)
-        said = {"format": FORMAT, "version": linearize.__version__, "digest": self.digest, "layers": layers}
+        said = {
+            "format": FORMAT,
+            "version": linearize.__version__,
+            "digest": self.digest,
+            "state_version": self.state_version,
+            "layers": layers,
+        }
         plain = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
         write_atomic(file, to_bytes(plain, {"linearize": json.dumps(said)}))
 
@@ -76,14 +84,17 @@ def prefix(
 ) -> Prompt:
     """Run a prompt through a converted model and keep what it remembers; with `file`, also write it there.
 
-    text: words (then `tokenizer` is needed), ids, or ids [B, T] (with `attention_mask` where some are padding).
-    Raises InputError for an empty prompt or a model that is not converted, StorageError.
+    text: words, ids, or ids [B, T] (with `attention_mask` where some are padding). tokenizer: of the words; None is the
+    one beside the model, where that was loaded from. Raises InputError for an empty prompt, a model that is not
+    converted, or one that does not say where it came from, StorageError.
     """
-    _converted(model)
+    version = state_version(_converted(model))
     device = next(p for p in model.parameters() if p.device.type != "meta").device
     if isinstance(text, str):
         if tokenizer is None:
-            raise InputError("prefix: pass the tokenizer to turn text into ids (or pass ids)")
+            from linearize.models import processor_of_model
+
+            tokenizer = processor_of_model(model, "text")
         ids_BT = tokenizer(text, return_tensors="pt")["input_ids"]
     else:
         ids_BT = torch.as_tensor(text, dtype=torch.long)
@@ -103,7 +114,7 @@ def prefix(
             out = model(input_ids=ids_BT, use_cache=True, **masked)
     finally:
         model.train(training)
-    prompt = Prompt(_plain(out.past_key_values), ids_BT, attention_mask, digest(model))
+    prompt = Prompt(_plain(out.past_key_values), ids_BT, attention_mask, digest(model), version)
     if file is not None:
         prompt.save(file)
     return prompt
@@ -113,16 +124,18 @@ def restore(model: nn.Module, state: Prompt | str | Path) -> Any:
     """A new cache of the model's own kind that continues a prompt, for `forward` and `generate`.
 
     It carries `prefix_ids` [B, T] and `attention_mask`: generate wants them before the new ids (at least one). Raises
-    InputError where the state is another model's (by its weights), StorageError where the file is damaged.
+    InputError where the state is another model's (by its weights), Unsupported where it is of another layout than this
+    linearize reads (Mixer.state_version), StorageError where the file is damaged.
     """
-    _converted(model)
-    here = digest(model)
+    version, here = state_version(_converted(model)), digest(model)
     if isinstance(state, Prompt):
+        _readable(state.state_version, version, "this prompt")
         _same(state.digest, here, "this prompt")
         cache: Any = copy.deepcopy(state.cache)
         cache.prefix_ids, cache.attention_mask = state.prefix_ids.clone(), state.attention_mask
         return cache
     tensors, said = _read(Path(state))
+    _readable(said.get("state_version", 1), version, str(state))  # the first layout had no number
     _same(said["digest"], here, str(state))
     config: Any = model.config
     cache = hf.DynamicCache(config=config)
@@ -158,9 +171,16 @@ def digest(model: nn.Module) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------ layers
-def _converted(model: nn.Module) -> None:
-    if Surgery.of(model) is None:
+def _converted(model: nn.Module) -> Surgery:
+    surgery = Surgery.of(model)
+    if surgery is None:
         raise InputError("this model is not converted: it has no state of constant size (attach a method first)")
+    return surgery
+
+
+def state_version(surgery: Surgery) -> int:
+    """Of the layout that the mixers' `state_spec` describes."""
+    return next(iter(surgery.mixers.values())).state_version
 
 
 def _layers(model: nn.Module) -> list[tuple[Any, Any]]:
@@ -175,6 +195,12 @@ def _same(stored: str, here: str, what: str) -> None:
             f"{what} was made by another model (its weights, their dtype or the mixers' settings differ: "
             f"{stored[:12]} there, {here[:12]} here): run linearize.prefix again with this one"
         )
+
+
+def _readable(stored: int, here: int, what: str) -> None:
+    if stored != here:
+        remedy = "pip install --upgrade linearize" if stored > here else "run linearize.prefix again"
+        raise Unsupported(f"{what} holds a state of layout {stored}, and this linearize reads layout {here}: {remedy}")
 
 
 def _plain(cache: Any) -> Any:

@@ -139,11 +139,12 @@ class Task(ABC):
     def diagnostics(self, surgery: Surgery, exam: Exam) -> looks.Diagnostics:
         """What their attention looks like."""
 
-    def write(self, surgery: Surgery, folder: Path) -> None:
-        """The converted model into `folder`, as the plan's output says; LoRA is merged already where it is to be."""
+    def write(self, surgery: Surgery, folder: Path, revision: str | None) -> None:
+        """The converted model into `folder`, as the plan's output says; LoRA is merged already where it is to be.
+        revision: the commit that its base was loaded from, where the hub gave one."""
         plan = self.plan
         if plan.output.adapter_only:
-            files.write_adapter(surgery, folder, base=plan.model.id, revision=plan.model.revision, task=plan.task)
+            files.write_adapter(surgery, folder, base=plan.model.id, revision=revision, task=plan.task)
             return
         files.write(surgery, folder, self.processor)
         files.carry(self.folder, folder, self.carried)

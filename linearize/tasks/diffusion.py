@@ -262,7 +262,7 @@ class Diffusion(Task):
         return looks.Diagnostics(grid=sheet(list(rows.values()), SHOWN), grid_rows=list(rows))
 
     # -------------------------------------------------------------------------------------------------- files
-    def write(self, surgery: Surgery, folder: Path) -> None:
+    def write(self, surgery: Surgery, folder: Path, revision: str | None) -> None:
         plan = self.plan.output
         lora = any("lora_" in name for name, _ in surgery.model.named_parameters())
         plugin.write(
