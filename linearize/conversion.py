@@ -329,10 +329,16 @@ def _report(
 
 
 def _origin(model: nn.Module) -> models.Source | None:
-    """Where a model in hand says it came from, if that can be gone back to."""
+    """Where a model in hand says it came from, if it was really loaded from there: any model may bear any name."""
+    from huggingface_hub import try_to_load_from_cache
+
+    name = getattr(model, "name_or_path", "")
     try:
-        return models.source(name) if (name := getattr(model, "name_or_path", "")) else None
-    except InputError:
+        found = models.source(name) if name else None
+        if found is None or found.kind != "hub":
+            return found
+        return found if isinstance(try_to_load_from_cache(name, "config.json"), str) else None
+    except (InputError, ValueError):  # nothing there, or no name that the hub allows
         return None
 
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from rich.console import Console
 
 import linearize
 from linearize import api, models
-from linearize.conversion import work_folder
+from linearize.conversion import _origin, work_folder
 from linearize.types import GateError, InputError, StorageError
 
 ROOT = Path(linearize.__file__).parent.parent
@@ -358,3 +359,12 @@ def test_push_to_hub_uploads_the_folder(converted, monkeypatch):
     assert asked == [("me/mine", {"exist_ok": True, "private": True})]
     with pytest.raises(InputError, match="nothing was written"):
         Converted(model, done.surgery, done.report).push_to_hub("me/mine")
+
+
+@pytest.mark.parametrize("name", ["", "mine", "owner/mine", "my own model!", "/nowhere/at/all"])
+def test_a_name_alone_is_no_origin(name):
+    """The licence of a model in hand is read where it was loaded from, not from whatever bears its name."""
+    assert _origin(SimpleNamespace(name_or_path=name)) is None
+    assert _origin(SimpleNamespace(name_or_path=str(models.TEACHERS / "text"))) == models.source(
+        models.TEACHERS / "text"
+    )
