@@ -93,7 +93,7 @@ kernels: $(STAMP)
 gpu: $(STAMP)
 	$(PY) -c "import torch; assert torch.cuda.is_available(), 'make gpu needs a CUDA device'"
 	$(PY) -m pytest -q -m '' tests/test_triton.py tests/test_gated_triton.py tests/test_local2d_triton.py \
-		tests/test_mapped_linear.py
+		tests/test_topk_triton.py tests/test_mapped_linear.py
 	$(PY) benchmarks/ops.py --device cuda --dtype bfloat16 --flex --lengths 512,1024,2048,4096,8192,16384,32768,65536,131072
 
 # The wheel in an environment without this checkout: linearize comes from the wheel, all else from .venv.

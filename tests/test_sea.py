@@ -104,7 +104,7 @@ def test_blocks_equal_reference(tokens, causal, padded):
         settings = {"block": 4, "scale": 0.7, "causal": causal, "valid_BT": valid, "impl": impl}
         return lambda q, k, v: (block_softmax(q, k, v, kept, **settings),)
 
-    assert [i.name for i in topk_op.IMPLEMENTATIONS] == ["torch", "reference"]
+    assert [i.name for i in topk_op.IMPLEMENTATIONS if i.device is None] == ["torch", "reference"]
     implementations_agree(run("torch"), run("reference"), tensors)
 
 

@@ -145,15 +145,15 @@ class Sea(Mixer):
         self, call: _Call, parts: list[Tensor], past: State, q_BHTK, k_BGTK, v_BGTV, ctx: Context, state: State
     ) -> Tensor:
         dtype, group = compute_dtype(q_BHTK, k_BGTK, v_BGTV), self.shape.group
-        keys, values = (x.to(dtype) for x in (past if state else parts[1:])[:2])
-        q, v = parts[0].to(dtype), parts[2].to(dtype)
+        keys, values = (past if state else parts[1:])[:2]
+        v = parts[2].to(dtype)
         if self.config.block and not call.by_query:
             valid = None if self.shape.causal else call.span.valid
             many = {"block": self.config.block, "scale": ctx.scale, "causal": self.shape.causal, "valid_BT": valid}
-            sparse = block_softmax(q, keys, values, call.kept, **many)
+            sparse = block_softmax(parts[0], keys, values, call.kept, **many)
         else:
-            keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)
-            sparse = self._rows(q, keys, values, call, ctx.scale)
+            keys, values = (x.to(dtype).repeat_interleave(group, 1) for x in (keys, values))
+            sparse = self._rows(parts[0].to(dtype), keys, values, call, ctx.scale)
         if self.shape.causal:
             totals = v.cumsum(2) + (state[3].to(dtype)[:, :, None] if state else 0)
             mean = (totals / call.span.length[:, None, :, None]).repeat_interleave(group, 1)

@@ -5,11 +5,37 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from linearize.ops._dispatch import Implementation, choose, compute_dtype
+from linearize.ops._dispatch import Implementation, choose, compute_dtype, kernels_refuse
 from linearize.ops.topk.reference import blocks_reference
 from linearize.ops.topk.torch import blocks_torch
 
-IMPLEMENTATIONS = (Implementation("torch", blocks_torch), Implementation("reference", blocks_reference))
+
+def _plain(run):
+    """In the type of the computation."""
+
+    def plain(q, k, v, *rest):
+        dtype = compute_dtype(q, k, v)
+        return run(q.to(dtype), k.to(dtype), v.to(dtype), *rest)
+
+    return plain
+
+
+def _triton(q, k, v, kept, block, scale, causal, valid):
+    from linearize.ops.topk.triton import topk_triton
+
+    return topk_triton(q, k, v, kept, valid, block, scale, causal)[0]
+
+
+def _triton_refuses(q, k, v, *rest) -> str | None:
+    reasons = (kernels_refuse(x, x.shape[-1], largest=256) for x in (q, k, v))
+    return next((reason for reason in reasons if reason), None)
+
+
+IMPLEMENTATIONS = (
+    Implementation("triton", _triton, _triton_refuses, device="cuda"),
+    Implementation("torch", _plain(blocks_torch)),
+    Implementation("reference", _plain(blocks_reference)),
+)
 
 
 def block_softmax(
@@ -27,10 +53,8 @@ def block_softmax(
     """o_BHTV of softmax over the keys in those of the J = I = ceil(T / block) blocks that are kept for the query's own.
 
     kept_BHIJ: bool, in causal attention no block after the query's own. valid_BT: keys that are real (None: all).
-    A query that sees nothing gets 0. Computed in float32 (float64 for float64 inputs). Raises InputError for an unknown
-    `impl`.
+    A query that sees nothing gets 0. Computed in float32 (float64 for float64 inputs), which is what is returned.
+    Raises InputError for an unknown or refusing `impl`.
     """
-    dtype = compute_dtype(q_BHTK, k_BGTK, v_BGTV)
-    q, k, v = q_BHTK.to(dtype), k_BGTK.to(dtype), v_BGTV.to(dtype)
-    run = choose("topk", IMPLEMENTATIONS, impl, q, k, v).run
-    return run(q, k, v, kept_BHIJ, block, scale, causal, valid_BT)
+    run = choose("topk", IMPLEMENTATIONS, impl, q_BHTK, k_BGTK, v_BGTV).run
+    return run(q_BHTK, k_BGTK, v_BGTV, kept_BHIJ, block, scale, causal, valid_BT)
