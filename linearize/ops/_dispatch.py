@@ -107,7 +107,9 @@ def kernels_refuse(q: torch.Tensor, *sizes: int, largest: int = 128) -> str | No
     return None
 
 
-def softmax_kernels_refuse(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> str | None:
+def softmax_kernels_refuse(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any, largest: int = 128
+) -> str | None:
     """The same of kernels that hold whole rows of q, k and v."""
-    reasons = (kernels_refuse(x, x.shape[-1]) for x in (q, k, v))
+    reasons = (kernels_refuse(x, x.shape[-1], largest=largest) for x in (q, k, v))
     return next((reason for reason in reasons if reason), None)

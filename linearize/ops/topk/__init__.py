@@ -3,9 +3,11 @@ are chosen is in pixels.py."""
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor
 
-from linearize.ops._dispatch import Implementation, choose, compute_dtype, kernels_refuse
+from linearize.ops._dispatch import Implementation, choose, compute_dtype, softmax_kernels_refuse
 from linearize.ops.topk.reference import blocks_reference
 from linearize.ops.topk.torch import blocks_torch
 
@@ -26,13 +28,8 @@ def _triton(q, k, v, kept, block, scale, causal, valid):
     return topk_triton(q, k, v, kept, valid, block, scale, causal)[0]
 
 
-def _triton_refuses(q, k, v, *rest) -> str | None:
-    reasons = (kernels_refuse(x, x.shape[-1], largest=256) for x in (q, k, v))
-    return next((reason for reason in reasons if reason), None)
-
-
 IMPLEMENTATIONS = (
-    Implementation("triton", _triton, _triton_refuses, device="cuda"),
+    Implementation("triton", _triton, partial(softmax_kernels_refuse, largest=256), device="cuda"),
     Implementation("torch", _plain(blocks_torch)),
     Implementation("reference", _plain(blocks_reference)),
 )
