@@ -81,10 +81,24 @@ def test_lengths_and_blocks(tokens, block, causal, hide):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [32, 48, 80, 96, 256])
+@pytest.mark.parametrize("size", [32, 48, 80, 96, 128])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_head_sizes(size, dtype):
     _agree(35, 8, True, dtype, size=size)
+
+
+@pytest.mark.slow
+def test_heads_that_only_bfloat16_may_have():
+    """The operator itself, which takes them, in float32."""
+    from linearize.ops.topk.triton import topk_triton
+
+    kept = _kept(1, 2, 35, 8, True)
+    implementations_agree(
+        lambda *x: [topk_triton(*(t.float() for t in x), kept, None, 8, 0.7, True)[0]],
+        lambda *x: [block_softmax(*x, kept, block=8, scale=0.7, causal=True, impl="reference")],
+        [x.float().double().to(DEVICE) for x in _inputs(35, size=200)],
+        1e-5,
+    )
 
 
 @pytest.mark.skipif(not GPU, reason="bfloat16 needs a GPU: the interpreter computes it wrongly")
@@ -184,8 +198,8 @@ def test_a_named_implementation_never_falls_back(monkeypatch):
     kept = _kept(1, 2, 9, 4, True)
     with pytest.raises(InputError, match="interpreter computes bfloat16 wrongly"):
         block_softmax(q, k, v.bfloat16(), kept, **settings, impl="triton")
-    wide = torch.zeros(1, 1, 9, 300)
-    with pytest.raises(InputError, match="head sizes up to 256, not 300"):
+    wide = torch.zeros(1, 2, 9, 160)
+    with pytest.raises(InputError, match="head sizes up to 128, not 160"):
         block_softmax(wide, wide, v, kept, **settings, impl="triton")
     with pytest.raises(InputError, match="16 and 32-bit floats, not float64"):
         block_softmax(q.double(), k.double(), v.double(), kept, **settings, impl="triton")

@@ -3,9 +3,7 @@ are chosen is in pixels.py."""
 
 from __future__ import annotations
 
-from functools import partial
-
-from torch import Tensor
+from torch import Tensor, bfloat16
 
 from linearize.ops._dispatch import Implementation, choose, compute_dtype, softmax_kernels_refuse
 from linearize.ops.topk.reference import blocks_reference
@@ -28,8 +26,14 @@ def _triton(q, k, v, kept, block, scale, causal, valid):
     return topk_triton(q, k, v, kept, valid, block, scale, causal)[0]
 
 
+def _triton_refuses(q, k, v, *rest) -> str | None:
+    # wider rows of float32, which float16 becomes, do not fit the registers
+    narrow = any(x.dtype != bfloat16 for x in (q, k, v))
+    return softmax_kernels_refuse(q, k, v, largest=128 if narrow else 256)
+
+
 IMPLEMENTATIONS = (
-    Implementation("triton", _triton, partial(softmax_kernels_refuse, largest=256), device="cuda"),
+    Implementation("triton", _triton, _triton_refuses, device="cuda"),
     Implementation("torch", _plain(blocks_torch)),
     Implementation("reference", _plain(blocks_reference)),
 )

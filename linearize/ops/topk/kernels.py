@@ -5,7 +5,7 @@
     back_q, back_k    gradients, from the lists of rows and those of columns; back_k also those of the values
 
 A program has OWN tokens of one block, or all where it is smaller, and reads the listed blocks' tokens by tiles of READ,
-whatever a block's size: a tile's rows are gathered, and small blocks share one. Nothing else is read, so that work is in
+whatever a block's size: a tile's rows are gathered, and small blocks share one. Nothing else is read: work is in
 proportion to the kept pairs of blocks. A product takes operands of type DT with precision PREC; scores, weights and
 sums are float32, and are added up in the order of the lists.
 """

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from linearize.ops._triton import TYPES, lowest, padded, precision, roomy, rows
+from linearize.ops._triton import TYPES, lowest, padded, precision, rows
 from linearize.ops.topk import kernels
 
 #: blocks of a row of the mask that `lists` looks at together
@@ -16,17 +16,21 @@ LISTED = 512
 
 
 class Tiles(NamedTuple):
-    """Tokens of a program's own block at most and of those that it reads, warps: so that no kernel spills registers
-    (see benchmarks/aot.py)."""
+    """Tokens of a program's own block at most and of those that it reads, warps: few enough to spill no registers."""
 
     own: int
     read: int
     warps: int
 
 
-def tiles(kernel: str, dtype: torch.dtype, size: int, roomy: bool, hip: bool) -> Tiles:
+def tiles(kernel: str, dtype: torch.dtype, size: int, hip: bool) -> Tiles:
     """dtype: what products are as exact as. Of float32 operands a thread holds two parts. size: the larger head's."""
-    return Tiles(64, 64, 8)
+    wide, own = size > 128, 32 if kernel == "back_k" else 16
+    if dtype != torch.bfloat16:
+        return Tiles(16, 16, 4) if hip else Tiles(own, 16, 8)
+    if hip or wide:
+        return Tiles(32, 16 if wide else 32, 4 if hip else 8)
+    return Tiles(32, 32, 8) if kernel == "back_k" else Tiles(64, 64, 8)
 
 
 INTERPRETED = Tiles(32, 32, 1)
@@ -73,7 +77,7 @@ class _Call:
         q = self.inputs[0]
         at = INTERPRETED
         if q.is_cuda:
-            at = tiles(kernel.__name__, self.dtype, max(map(padded, self.sizes)), roomy(q.device), self.hip)
+            at = tiles(kernel.__name__, self.dtype, max(map(padded, self.sizes)), self.hip)
         settings = constants(self.dtype, *self.sizes, self.block, at, self.hip)
         programs = self.n * -(-self.block // settings["OWN"])
         kernel[(programs, self.B * heads)](
