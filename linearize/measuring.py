@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from linearize.evaluate import quality
 from linearize.evaluate.diagnostics import dense_maps
 from linearize.evaluate.layers import Layer, layers
 from linearize.plan import FinetunePlan, Plan
-from linearize.report import maps, schema
+from linearize.report import maps, provenance, schema
 from linearize.stages.base import Job
 from linearize.stages.finetune import finetune
 from linearize.storage import check_target, write_atomic
@@ -29,6 +30,7 @@ from linearize.tasks.base import Variant
 from linearize.types import InputError, Unsupported
 
 CURVED = 24  # examples that a curve is followed on
+EQUAL = "window of equal bytes"
 
 
 @dataclass
@@ -102,6 +104,40 @@ def reopen(
     base = models.load_model(teacher or plan.model.id, dtype=student.model.dtype, **options)
     task = tasks.of(plan.task)(plan, base.model, base.processor, models.home(base.model, base.source))
     return Reopened(plan, student, base, surgery, task)
+
+
+def variants(found: Reopened) -> tuple[list[Variant], dict[str, int]]:
+    """(the rows beside the teacher's, the bytes that each keeps): windows without training (of the recipe's width, and
+    of as many bytes as the student's state), the student, and each of its branches switched off."""
+    plan, _, base, surgery, task = found
+    state = sum(mixer.state_bytes(0) for mixer in surgery.mixers.values())
+    per_token = sum(site.kv_bytes(1) for site in surgery.sites)
+    equal = max(plan.eval.sinks + 1, state // per_token)
+    windows = [*task.zero, (EQUAL, "window", {"window": equal - plan.eval.sinks, "sinks": plan.eval.sinks})]
+    bytes_of = {
+        quality.STUDENT: state,
+        **{name: per_token * (config["window"] + config["sinks"]) for name, _, config in windows},
+    }
+    twins = {name: twin(base.model, method, config, surgery.sites) for name, method, config in windows}
+    branches = sorted({branch for mixer in surgery.mixers.values() for branch in mixer.branches})
+    rows: list[Variant] = [
+        *((name, partial(nullcontext, other)) for name, other in twins.items()),
+        (quality.STUDENT, nullcontext),
+        *((branch, partial(surgery.ablate, branch)) for branch in branches),
+    ]
+    return rows, bytes_of
+
+
+def about(model: str | Path, found: Reopened) -> dict[str, Any]:
+    """What the result file of a suite says of the converted folder `model`: provenance, name, teacher, training."""
+    return {
+        **provenance.gather(None, next(found.student.model.parameters()).device),
+        "name": Path(model).name,
+        "model": schema.Model(id=found.plan.model.id or "embedded", type=found.base.model.config.model_type),
+        "method": found.plan.method.name,
+        "plan_digest": found.plan.digest(),
+        "trained": {"tokens": sum(stage.tokens for stage in found.plan.stages), "length": found.plan.data.length},
+    }
 
 
 def compare_layers(model: Any, asked: Mapping[str, Any], *, tokens: int = 256, **options: Any) -> list[Layer]:

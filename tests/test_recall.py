@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -55,17 +56,58 @@ def test_a_needle_stands_at_its_depth(tokenizer):
     assert found[0] < 0.2 and 0.4 < found[1] < 0.65 and found[2] > 0.9
 
 
+def _held(tokenizer, name, length, text, **options):
+    """(the whole text, its answer) of one trial."""
+    one = tasks.trial(tasks.TASKS[name], tokenizer, length, text=text, **options)
+    ((start, stop),) = one.answers
+    return tokenizer.decode(one.ids_T), tokenizer.decode(one.ids_T[start:stop]).strip()
+
+
+def test_s_niah_is_rulers(tokenizer):
+    """niah_single_1 to _3 of RULER: noise and a number, an essay and a number, an essay and a UUID."""
+    for name, straw, value in (
+        ("s-niah-1", "The grass is green. The sky is blue.", r"[1-9]\d{6}"),
+        ("s-niah-2", "had stopped! Who knew? Nobody did.", r"[1-9]\d{6}"),
+        (
+            "s-niah-3",
+            "had stopped! Who knew? Nobody did.",
+            r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}",
+        ),
+    ):
+        for depth in (0.0, 0.5, 1.0):
+            text, answer = _held(tokenizer, name, 460, TEXT, depth=depth)
+            assert re.fullmatch(value, answer), (name, answer)
+            kind = "uuid" if name == "s-niah-3" else "number"
+            assert len(re.findall(f"The special magic {kind} for \\w+ is: ?{answer}", text)) == 2 and straw in text
+            place = text.index(answer) / text.rindex(answer)
+            assert abs(place - depth) < 0.35, (name, depth, place)
+
+
+def test_real_text_fills_a_length_whatever_its_sentences(tokenizer):
+    prose = tasks.sentences("and the dog ran on to the sea and sang of it " * 300)  # not one full stop
+    assert max(len(sentence.split()) for sentence in prose) == tasks.LONGEST
+    for length in (300, 500):
+        for seed in range(3):
+            one = tasks.trial(tasks.TASKS["s-niah-2"], tokenizer, length, text=prose, seed=seed)
+            assert length - 8 < len(one.ids_T) <= length
+    with pytest.raises(InputError, match="text with blanks"):
+        tasks.trial(tasks.TASKS["s-niah-2"], tokenizer, 400, text=tasks.sentences("x" * 4000))
+    starts = {_held(tokenizer, "s-niah-2", 300, TEXT, seed=seed)[0][30:60] for seed in range(6)}
+    assert len(starts) > 1  # from a place of its own each time
+
+
 def test_what_does_not_fit_is_refused(tokenizer):
     with pytest.raises(InputError, match="needs at least"):
-        tasks.trial(tasks.TASKS["s-niah-3"], tokenizer, 40)
+        tasks.trial(tasks.TASKS["s-niah-3"], tokenizer, 40, text=TEXT)
     with pytest.raises(InputError, match="--haystack"):
-        tasks.trial(tasks.TASKS["needle"], tokenizer, 400)
+        tasks.trial(tasks.TASKS["s-niah-2"], tokenizer, 400)
     with pytest.raises(InputError, match="1 to 254 pairs"):
         tasks.trial(tasks.TASKS["mqar"], tokenizer, 4000, pairs=300)
     with pytest.raises(InputError, match="s-niah-1"):
         suite.Settings(tasks=("s-niah1",))
     with pytest.raises(InputError, match="1024,2048"):
         suite.Settings.read(lengths="1k")
+    assert suite.Settings.read(tasks="needle, s-niah-2,mqar").tasks == ("s-niah-2", "mqar")  # one task of two names
 
 
 class Knows(nn.Module):
@@ -112,24 +154,33 @@ def test_the_suite_of_a_converted_folder(converted, tmp_path):
     haystack = tmp_path / "real.txt"
     haystack.write_text(" ".join(TEXT))
     done = api.recall(
-        converted, tasks="passkey,needle,mqar", lengths="200,600", depths=2, trials=2, pairs=[2, 4], haystack=haystack,
-        output_dir=tmp_path,
+        converted, tasks="passkey,s-niah-2,s-niah-3,mqar", lengths="200,600", depths=2, trials=2, pairs=[2, 4],
+        haystack=haystack, output_dir=tmp_path,
     )  # fmt: skip
     found = read(tmp_path / "recall.json", recall.Recall)
     assert found == done.recall and found.rows[0].name == "teacher"
     names = [row.name for row in found.rows]
     assert names[1:] == ["zero-token window", "window of equal bytes", "student", "linear_off", "window_off"]
     student = found.rows[3]
-    assert len(student.cells) == 2 * (2 + 2 + 2) and student.state_bytes and student.buckets
+    assert len(student.cells) == 2 * (2 + 2 + 2 + 2) and student.state_bytes and student.buckets
     # The teacher's 512 positions are fewer than 600 tokens; and two questions are no evidence.
     assert {c.length for c in found.rows[0].cells} == {200}
     assert not any(found.counts(*place) for place in found.places())
     page = (tmp_path / "recall.html").read_text()
-    assert "passkey: depth against length" in page and "data:image/png" in page and str(tmp_path) not in page
+    for task in ("passkey", "s-niah-2", "s-niah-3"):
+        assert f"{task}: depth against length" in page
+    assert page.count("data:image/png") == 4 and str(tmp_path) not in page
     with pytest.raises(InputError, match="recall and layers"):
         api.recall(converted, suite="remember")
-    left_out = api.recall(converted, tasks="passkey,needle", lengths="200", depths=1, trials=1, output_dir=tmp_path)
-    assert left_out.recall.notes == ["needle left out: no --haystack"]
+
+
+def test_without_a_haystack(converted, tmp_path):
+    few = {"lengths": "200", "depths": 1, "trials": 1, "pairs": [2], "output_dir": tmp_path}
+    left_out = api.recall(converted, **few).recall
+    assert left_out.notes == ["s-niah-2, s-niah-3 left out: no --haystack"]
+    assert {c.task for c in left_out.rows[0].cells} == {"passkey", "s-niah-1", "mqar"}
+    with pytest.raises(InputError, match="s-niah-3: .*--haystack"):  # asked for by name: never left out
+        api.recall(converted, tasks="passkey,s-niah-3", **few)
 
 
 def test_layers_one_by_one(converted):

@@ -28,7 +28,7 @@ OUT = Path(__file__).resolve().parent / "recall"
 CONTEXT = 2048
 PAD, UNKNOWN = "<pad>", "<unk>"
 #: share of each task in training
-MIX = {"mqar": 0.6, "passkey": 0.2, "s-niah-1": 0.1, "s-niah-2": 0.07, "s-niah-3": 0.03}
+MIX = {"mqar": 0.6, "passkey": 0.2, "s-niah-1": 0.1, "niah-words": 0.07, "niah-words-uuid": 0.03}
 
 
 # ---------------------------------------------------------------------------------------- tokenizer
@@ -312,7 +312,7 @@ def check(args) -> None:
         raise SystemExit("this teacher recalls too little: see check.json")
 
 
-NIAH = ("s-niah-1", "s-niah-2", "s-niah-3")
+NIAH = ("s-niah-1", "niah-words", "niah-words-uuid")
 CARD = """---
 license: apache-2.0
 pipeline_tag: text-generation

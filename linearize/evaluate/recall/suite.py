@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from linearize.evaluate.quality import TEACHER, Variant, chosen, evaluating
-from linearize.evaluate.recall.tasks import TASKS, Task, Trial, trial
+from linearize.evaluate.recall.tasks import ALIASES, TASKS, Task, Trial, trial
 from linearize.progress import bar
 from linearize.types import GateError, InputError, nearest
 
@@ -28,7 +28,7 @@ class Settings:
     """What is asked. trials: questions for each task and length, spread evenly over `depths` places of the needle.
     pairs: of MQAR, each a cell of its own (pairs stand first, questions last). tokens: of a forward pass, about."""
 
-    tasks: tuple[str, ...] = ("passkey", "s-niah-1", "s-niah-2", "s-niah-3", "needle", "mqar")
+    tasks: tuple[str, ...] = ("passkey", "s-niah-1", "s-niah-2", "s-niah-3", "mqar")
     lengths: tuple[int, ...] = (1024, 2048, 4096)
     depths: int = 3
     trials: int = 51
@@ -45,14 +45,18 @@ class Settings:
 
     @classmethod
     def read(cls, **given: Any) -> Settings:
-        """From a command line: lists may be words with commas, None is the default. Raises InputError."""
+        """From a command line: lists may be words with commas, None is the default; tasks by any of their names, once.
+        Raises InputError."""
         asked: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
         for key in ("tasks", "lengths", "pairs"):
             if (value := asked.get(key)) is None:
                 continue
             words = [word.strip() for word in value.split(",")] if isinstance(value, str) else list(value)
+            if key == "tasks":
+                asked[key] = tuple(dict.fromkeys(ALIASES.get(word, word) for word in words))
+                continue
             try:
-                asked[key] = tuple(words if key == "tasks" else map(int, words))
+                asked[key] = tuple(map(int, words))
             except ValueError:
                 raise InputError(f"recall: {key} {value!r} are no numbers: write them as 1024,2048,4096") from None
         return cls(**asked)

@@ -1,15 +1,21 @@
-"""Texts that hide something and ask for it: passkey, S-NIAH-1, -2 and -3, a needle in real text, MQAR.
+"""Texts that hide something and ask for it: passkey, S-NIAH-1, -2 and -3, MQAR.
 
-Passkey: Mohtashami and Jaggi (2305.16300). S-NIAH: RULER (2404.06654). MQAR: Zoology (2312.04927), pairs first and
-every question once. The wording is ours and short. Answers are marked by their place in the text, so that one forward
-pass says whether greedy decoding would give them: each token of an answer is then the likeliest after the ones before.
-All of it is plain text and works with any fast tokenizer. A seed and the settings decide everything.
+Passkey: Mohtashami and Jaggi (2305.16300). MQAR: Zoology (2312.04927), pairs first and every question once. S-NIAH:
+RULER (2404.06654), niah_single_1 to _3: one needle, of a word as key and a value. 1: a number of seven digits in noise;
+2: such a number in an essay; 3: a UUID (version 4) in an essay. RULER's essays are Paul Graham's, always from their
+beginning; here they are the user's text, from a random place. Its keys are an adjective and a noun; here they are names
+of two syllables that no text holds. The wording is ours and shorter.
+
+Answers are marked by their place in the text, so that one forward pass says whether greedy decoding would give them:
+each token of an answer is then the likeliest after the ones before. All of it is plain text and works with any fast
+tokenizer. A seed and the settings decide everything.
 """
 
 from __future__ import annotations
 
 import random
 import re
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -37,7 +43,9 @@ _FIRST, _SECOND, _LAST = (line.split() for line in _SYLLABLES)
 KEYS = tuple(a + b for a in _FIRST for b in _SECOND if set(a + b) - set("abcdef"))
 VALUES = tuple(a + b for a in _SECOND for b in _LAST)
 
+#: noise: five sentences over and over; words: drawn at random; text: a real one
 Haystack = Literal["noise", "words", "text"]
+LONGEST = 40  # words of a sentence of real text: without full stops a needle would have no depth
 
 
 @dataclass(frozen=True)
@@ -93,8 +101,7 @@ def _number(rng: random.Random) -> str:
 
 
 def _uuid(rng: random.Random) -> str:
-    digits = f"{rng.getrandbits(128):032x}"
-    return "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))
+    return str(uuid.UUID(int=rng.getrandbits(128), version=4))
 
 
 def _mqar(rng: random.Random, pairs: int) -> Quiz:
@@ -110,19 +117,22 @@ TASKS = {
     for task in (
         Task("passkey", _passkey, "noise"),
         Task("s-niah-1", _niah("number", _number), "noise"),
-        Task("s-niah-2", _niah("number", _number), "words"),
-        Task("s-niah-3", _niah("uuid", _uuid), "words"),
-        Task("needle", _niah("number", _number), "text"),
+        Task("s-niah-2", _niah("number", _number), "text"),
+        Task("s-niah-3", _niah("uuid", _uuid), "text"),
+        Task("niah-words", _niah("number", _number), "words"),  # as 2 and 3 where no text is at hand
+        Task("niah-words-uuid", _niah("uuid", _uuid), "words"),
         Task("mqar", _mqar, "noise", pairs=16),
     )
 }
+#: other names of the same
+ALIASES = {"needle": "s-niah-2"}
 
 
 # ------------------------------------------------------------------------------------------------- haystacks
 def sentences(text: str) -> list[str]:
-    """The sentences of a real text, blanks made single."""
-    found = re.split(r"(?<=[.!?])\s+", re.sub(r"\s+", " ", text).strip())
-    return [sentence for sentence in found if sentence]
+    """The sentences of a real text, blanks made single; those of more than LONGEST words in pieces."""
+    found = (sentence.split() for sentence in re.split(r"(?<=[.!?])\s+", text))
+    return [" ".join(words[at : at + LONGEST]) for words in found for at in range(0, len(words), LONGEST)]
 
 
 def _straw(kind: Haystack, rng: random.Random, text: Sequence[str]) -> Callable[[int], str]:
@@ -155,10 +165,11 @@ def trial(
     text: Sequence[str] = (),
     first: int | None = None,
 ) -> Trial:
-    """One text of at most `length` tokens, as near to it as whole sentences allow.
+    """One text of at most `length` tokens, as near to it as whole sentences allow, in real text whole words.
 
     depth: where the needle stands in its haystack, 0 to 1. text: the sentences of a real haystack. first: an id every
-    text begins with. Raises InputError where nothing fits into `length`, or the tokenizer cannot tell places in a text.
+    text begins with. Raises InputError where nothing fits into `length`, the haystack does not fill it, or the
+    tokenizer cannot tell places in a text.
     """
     if task.haystack == "text" and not text:
         raise InputError(f"{task.name} hides its needle in real text: name a file of it (--haystack)")
@@ -172,15 +183,21 @@ def trial(
     while room > 0:
         more = [straw(len(hay) + n) for n in range(room // 8 + 1)]
         for sentence, size in zip(more, _sizes(more, tokenizer), strict=True):
+            if size > room and task.haystack == "text":  # cut to fit, as RULER cuts its essays
+                words = sentence.split()
+                sentence = " ".join(words[: len(words) * room // size])
             room -= size
+            if room >= 0 or (task.haystack == "text" and sentence):
+                hay.append(sentence)
             if room < 0:
                 break
-            hay.append(sentence)
     while hay:  # a sentence in its place may need a token more than alone
         ids, spans = _coded(quiz, hay, depth, tokenizer, first)
         if len(ids) <= length:
             break
         hay.pop()
+    if task.haystack == "text" and len(ids) < length * 3 // 4:
+        raise InputError(f"{task.name}: {len(ids)} of {length} tokens filled; give --haystack text with blanks in it")
     return Trial(torch.tensor(ids), spans)
 
 
