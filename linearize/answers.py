@@ -162,6 +162,24 @@ class Recalled:
 
 
 @dataclass(frozen=True)
+class Scored:
+    """What a converted model scores on standard tasks, and the file that says so."""
+
+    standard: Any
+    file: Path
+
+    def as_dict(self) -> dict[str, Any]:
+        return self.standard.model_dump(mode="json")
+
+    def render(self) -> Any:
+        from rich.console import Group
+
+        from linearize.report import standard, tables
+
+        return Group(tables.render(standard.table(self.standard), "rich"), f"written: {self.file}")
+
+
+@dataclass(frozen=True)
 class Benched:
     """A benchmark file's content, and where it was written (None: nowhere)."""
 

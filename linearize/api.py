@@ -24,7 +24,7 @@ from linearize.resolve import choose, fitting, resolve, short
 if TYPE_CHECKING:
     from torch import nn
 
-    from linearize.answers import Layered, Recalled
+    from linearize.answers import Layered, Recalled, Scored
     from linearize.conversion import Converted
 
 LISTS = ("methods", "families", "recipes", "embedded")
@@ -265,6 +265,16 @@ def recall(model: str | Path, **options: Any) -> Recalled:
     from linearize.recalling import recalled
 
     return recalled(model, **options)
+
+
+def score(model: str | Path, **options: Any) -> Scored:
+    """Score a converted folder, its teacher and windows on standard tasks, through lm-eval.
+
+    options: see standard.scored. Raises InputError, Unsupported, GateError, StorageError.
+    """
+    from linearize.standard import scored
+
+    return scored(model, **options)
 
 
 def bench(

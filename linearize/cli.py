@@ -179,13 +179,16 @@ def evaluate(
     length: Annotated[int | None, typer.Option("--length", min=2, help="Positions of each document.")] = None,
     teacher: Annotated[str | None, typer.Option("--teacher", help="What it was converted from, if moved.")] = None,
     adjust: Adjust = None,
-    suite: Annotated[str | None, typer.Option("--suite", help="recall: what a text held; layers, one by one.")] = None,
-    tasks: Annotated[str | None, typer.Option("--tasks", help="Of the suite: passkey,s-niah-1,needle,mqar,...")] = None,
-    lengths: Annotated[str | None, typer.Option("--lengths", help="Of the suite: tokens, 1024,2048,4096.")] = None,
-    depths: Annotated[int | None, typer.Option("--depths", min=1, help="Of the suite: places of the needle.")] = None,
-    trials: Annotated[int | None, typer.Option("--trials", min=1, help="Of the suite: questions each.")] = None,
-    mqar_pairs: Annotated[str | None, typer.Option("--mqar-pairs", help="Of the suite: 4,16,64.")] = None,
-    haystack: Annotated[str | None, typer.Option("--haystack", help="Of the suite: real text to hide in.")] = None,
+    suite: Annotated[str | None, typer.Option("--suite", help="recall (of long texts), layers or lm-eval.")] = None,
+    tasks: Annotated[str | None, typer.Option("--tasks", help="Of recall: passkey,mqar,...; of lm-eval: any.")] = None,
+    task_files: Annotated[
+        Path | None, typer.Option("--task-files", help="Of lm-eval: a folder of task YAML files and their data.")
+    ] = None,
+    lengths: Annotated[str | None, typer.Option("--lengths", help="Of recall: tokens, 1024,2048,4096.")] = None,
+    depths: Annotated[int | None, typer.Option("--depths", min=1, help="Of recall: places of the needle.")] = None,
+    trials: Annotated[int | None, typer.Option("--trials", min=1, help="Of recall: questions each.")] = None,
+    mqar_pairs: Annotated[str | None, typer.Option("--mqar-pairs", help="Of recall: 4,16,64.")] = None,
+    haystack: Annotated[str | None, typer.Option("--haystack", help="Of recall: real text to hide in.")] = None,
     allow_longer: Longer = False,
     output_dir: Output = None,
     device: Device = "auto",
@@ -194,6 +197,13 @@ def evaluate(
     json: Json = False,
 ) -> None:
     """Measure a converted model against its teacher, its window and its own branches."""
+    if task_files is not None and suite != "lm-eval":
+        raise typer.BadParameter("is for --suite lm-eval", param_hint="--task-files")
+    if suite == "lm-eval":
+        which: Any = {"tasks": tasks, "task_files": task_files, "limit": limit, "output_dir": output_dir}
+        how: Any = {"teacher": teacher, "adjust": adjust or (), "device": device, "seed": seed}
+        _show(api.score(model, **which, **how, trust_remote_code=trust_remote_code), json)
+        return
     if suite == "layers":
         _show(
             api.layers(

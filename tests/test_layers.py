@@ -42,7 +42,7 @@ MAY_IMPORT = {
     "resolve": {"answers", "mixers", "models", "plan", "recipe", "surgery", "types"},
 }
 #: the top joins everything below it
-TOP = ("measuring", "recalling", "conversion", "listings", "api", "cli", "__init__")
+TOP = ("measuring", "recalling", "standard", "conversion", "listings", "api", "cli", "__init__")
 #: where code of models and pipelines may be imported from third parties. seams/hooks knows accelerate's hooks by name
 #: alone, and api turns down transformers' logging: neither is model code.
 MODEL_CODE = {"transformers", "diffusers", "timm", "peft"}
