@@ -1,7 +1,10 @@
-"""Every shipped kernel compiled ahead of time, without a GPU: registers, spills and shared memory of each.
+"""Shipped kernels compiled ahead of time, without a GPU: registers, spills and shared memory of each.
 
     python benchmarks/aot.py             compiles what has changed, writes benchmarks/kernels.json
     python benchmarks/aot.py --check     compiles, compares with the file, exits with 4 on a spill or too much memory
+
+At most 40, so that a cold run is short. Left out are kernels that hold little (scans, what adds gates up, what lists
+blocks) and `sums` without BACK, which is the same kernel with less to do.
 
 Compiled kernels are kept by Triton's cache, which knows the source (TRITON_CACHE_DIR names its folder).
 """
@@ -25,13 +28,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from linearize.ops import _triton, gated_linear, local2d, mapped_linear
+from linearize.ops import _triton, gated_linear, local2d, mapped_linear, topk
 from linearize.ops.gated_linear import kernels as gated_kernels
 from linearize.ops.gated_linear import triton as gated
 from linearize.ops.local2d import kernels as circle_kernels
 from linearize.ops.local2d import triton as circles
 from linearize.ops.mapped_linear import kernels as mapped_kernels
 from linearize.ops.mapped_linear import triton as mapped
+from linearize.ops.topk import kernels as block_kernels
+from linearize.ops.topk import triton as blocks
 
 FILE = Path(__file__).parent / "kernels.json"
 TARGETS = {
@@ -42,8 +47,10 @@ TARGETS = {
 #: bytes of shared memory that a block may have
 SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+POINTED = {"valid": "*i1", "which": "*i32", "index": "*i32", "counts": "*i32"}
+POINTED |= dict.fromkeys(("segments", "codes_q", "codes_k"), "*i64")
 STRIDE = re.compile(r"s[qkvgxy]_[bht]$")
-NUMBERS = {"size", "chunks", "rows", "columns", "radius", "prefix", "others"}
+NUMBERS = {"size", "chunks", "rows", "columns", "radius", "prefix", "others", "n", "block"}
 B16, F32 = torch.bfloat16, torch.float32
 
 
@@ -62,9 +69,7 @@ class Kernel(NamedTuple):
 def of_mapped_linear() -> Iterator[Kernel]:
     """The larger heads are refused where shared memory is small, as on sm_80."""
     kernels = [
-        ("sums", {"BACK": False}),
         ("sums", {"BACK": True}),
-        ("scan", {"BACK": False, "GIVEN": True, "BLOCK": mapped.SCANNED}),
         ("forward", {}),
         ("back_q", {}),
         ("back_k", {}),
@@ -90,15 +95,11 @@ def of_mapped_linear() -> Iterator[Kernel]:
 def of_gated_linear() -> Iterator[Kernel]:
     """Tiles of features and of v: sizes change nothing but how many there are."""
     kernels = [
-        (B16, "gates", {}),
-        (B16, "sums", {"BACK": False}),
         (B16, "sums", {"BACK": True}),
-        (B16, "scan", {"BACK": False, "GIVEN": True, "BLOCK": gated.SCANNED}),
         (B16, "forward", {}),
         (B16, "back_q", {}),
         (B16, "back_k", {}),
         (B16, "back_v", {}),
-        (B16, "back_g", {}),
         (B16, "step", {"BV": gated.STEPPED, "GIVEN": True, "BF": 128}),
         (F32, "forward", {}),
         (F32, "forward", {"NARROW": True}),
@@ -115,7 +116,7 @@ def of_gated_linear() -> Iterator[Kernel]:
         def make(roomy: bool, hip: bool, dtype=dtype, own=own, kernel=kernel):
             at = gated.tiles(dtype, roomy or hip)
             fixed = gated.constants(dtype, 128, 128, False, at, hip)
-            return {**fixed, "DOCUMENTS": True, **own}, 4 if kernel in ("scan", "step", "back_g") else at.warps
+            return {**fixed, "DOCUMENTS": True, **own}, 4 if kernel == "step" else at.warps
 
         kind = "backward" if own.get("BACK") else "per head" if own.get("NARROW") else ""
         name = f"gated_linear {kernel} {str(dtype).removeprefix('torch.')} 128 {kind}".strip()
@@ -136,12 +137,27 @@ def of_local2d() -> Iterator[Kernel]:
         yield Kernel(name, getattr(circle_kernels, kernel), dtype, floats, make)
 
 
-#: all that is shipped
-KERNELS = [*of_mapped_linear(), *of_gated_linear(), *of_local2d()]
+def of_topk() -> Iterator[Kernel]:
+    """Of blocks of 64 and more: smaller ones are smaller tiles."""
+    kernels = [(dtype, 128, name) for dtype in (B16, F32) for name in ("forward", "back_q", "back_k")]
+    kernels += [(B16, 256, "forward"), (B16, 256, "back_k")]
+    floats = frozenset({"lse", "lost", "out", "d_out"})
+    for dtype, size, kernel in kernels:
+
+        def make(roomy: bool, hip: bool, dtype=dtype, size=size, kernel=kernel):
+            at = blocks.tiles(kernel, dtype, size, hip)
+            return {**blocks.constants(dtype, size, size, 64, at, hip), "VALID": True, "CAUSAL": True}, at.warps
+
+        name = f"topk {kernel} {str(dtype).removeprefix('torch.')} {size}"
+        yield Kernel(name, getattr(block_kernels, kernel), dtype, floats, make)
+
+
+#: all that can come near a limit
+KERNELS = [*of_mapped_linear(), *of_gated_linear(), *of_local2d(), *of_topk()]
 
 
 def source_hash() -> str:
-    folders = [Path(op.__file__).parent for op in (gated_linear, local2d, mapped_linear)]
+    folders = [Path(op.__file__).parent for op in (gated_linear, local2d, mapped_linear, topk)]
     files = [folder / name for folder in folders for name in ("kernels.py", "triton.py")]
     texts = [file.read_bytes() for file in (*files, Path(_triton.__file__), Path(__file__))]
     return hashlib.sha256(b"".join([*texts, triton.__version__.encode()])).hexdigest()
@@ -159,9 +175,7 @@ def compiled(kernel: Kernel, target: str) -> Any:
             return "*fp32" if name in kernel.floats else "fp32"
         if STRIDE.match(name) or name.isupper() or name in NUMBERS:
             return "i32"
-        return {"valid": "*i1", "segments": "*i64", "codes_q": "*i64", "codes_k": "*i64", "which": "*i32"}.get(
-            name, POINTERS[kernel.dtype]
-        )
+        return POINTED.get(name, POINTERS[kernel.dtype])
 
     signature = {name: kind(name) for name in names}
     aligned = {
