@@ -88,3 +88,10 @@ def masks(segments, b, c, t, T, DOCUMENTS: tl.constexpr, BT: tl.constexpr):
         reads = real & (now == document(segments, b, c * BT - 1, T))
         goes_on = real & (now == document(segments, b, c * BT + BT - 1, T))
     return sees, reads, goes_on
+
+
+@triton.jit
+def total_of(lse, t, real):
+    """The log-sum-exp of queries, 0 where nothing is seen: there all scores are -inf."""
+    total = tl.load(lse + t, mask=real, other=0.0)
+    return tl.where(total == -float("inf"), 0.0, total)

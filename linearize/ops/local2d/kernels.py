@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from linearize.ops._triton import dot
+from linearize.ops._triton import dot, total_of
 
 NONE = tl.constexpr(-float("inf"))
 
@@ -152,13 +152,6 @@ def forward(q, k, v, valid, out, lse, top, which, sq_b, sq_h, sq_t, sk_b, sk_h, 
 
 
 @triton.jit
-def _total(lse, tokens, real):
-    """The log-sum-exp of queries, 0 where nothing is seen: there all scores are -inf."""
-    total = tl.load(lse + tokens, mask=real, other=0.0)
-    return tl.where(total == NONE, 0.0, total)
-
-
-@triton.jit
 def _gradient(weights, d_weights, lost, d_top, best, t_k, WHICH: tl.constexpr):
     """Of the scores. lost: what normalising takes, sum of d out * out - d lse."""
     d = weights * (d_weights - lost[:, None])
@@ -180,7 +173,7 @@ def back_q(q, k, v, valid, lse, which, d_out, lost, d_top, d_q, sq_b, sq_h, sq_t
     tokens, real, y, x = _tokens(n, text, rows, columns, prefix, others, TY, TX)
     f_q = _load(q + b * sq_b + h * sq_h, tokens, real, K, BK, sq_t)
     d_o = _load(d_out + bh * T * V, tokens, real, V, BV, V)
-    total = _total(lse + bh * T, tokens, real)
+    total = total_of(lse + bh * T, tokens, real)
     taken = tl.load(lost + bh * T + tokens, mask=real, other=0.0)
     d_most, best = taken, tl.full([TY * TX], -1, tl.int32)
     if WHICH:
@@ -225,7 +218,7 @@ def back_k(q, k, v, valid, lse, which, d_out, lost, d_top, d_k, sq_b, sq_h, sq_t
                 t_q, there, y_q, x_q = _tokens(m, other, rows, columns, prefix, others, UY, UX)
                 f_q = _load(q + b * sq_b + h * sq_h, t_q, there, K, BK, sq_t)
                 scores = _scores(f_q, f_k, keys, text + other, y_q, x_q, y, x, radius, scale, DT, PREC)
-                weights = tl.exp(scores - _total(lse + bh * T, t_q, there)[:, None])
+                weights = tl.exp(scores - total_of(lse + bh * T, t_q, there)[:, None])
                 d_weights = dot(_load(d_out + bh * T * V, t_q, there, V, BV, V), tl.trans(f_v), DT, PREC)
                 taken = tl.load(lost + bh * T + t_q, mask=there, other=0.0)
                 d_most, best = taken, tl.full([UY * UX], -1, tl.int32)
@@ -260,6 +253,6 @@ def back_v(q, k, v, valid, lse, d_out, d_v, sq_b, sq_h, sq_t, sk_b, sk_h, sk_t, 
                 t_q, there, y_q, x_q = _tokens(m, other, rows, columns, prefix, others, UY, UX)
                 f_q = _load(q + b * sq_b + h * sq_h, t_q, there, K, BK, sq_t)
                 scores = _scores(f_q, f_k, keys, text + other, y_q, x_q, y, x, radius, scale, DT, PREC)
-                weights = tl.exp(scores - _total(lse + bh * T, t_q, there)[:, None])
+                weights = tl.exp(scores - total_of(lse + bh * T, t_q, there)[:, None])
                 d += dot(tl.trans(weights), _load(d_out + bh * T * V, t_q, there, V, BV, V), DT, PREC)
     _store(d_v + bg * T * V, d, t_k, real, V, BV)

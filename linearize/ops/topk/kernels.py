@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from linearize.ops._triton import dot, load, store
+from linearize.ops._triton import dot, load, store, total_of
 
 NONE = tl.constexpr(-float("inf"))
 
@@ -73,13 +73,6 @@ def _scores(q, k, t_q, t_k, keys, T, scale, CAUSAL: tl.constexpr, DT: tl.constex
 
 
 @triton.jit
-def _total(lse, t, T):
-    """The log-sum-exp of queries, 0 where nothing is seen: there all scores are -inf."""
-    total = tl.load(lse + t, mask=t < T, other=0.0)
-    return tl.where(total == NONE, 0.0, total)
-
-
-@triton.jit
 def forward(q, k, v, valid, index, counts, out, lse, sq_b, sq_h, sq_t, sk_b, sk_h, sk_t, sv_b, sv_h, sv_t, T, H, G, n,
             block, scale, K: tl.constexpr, V: tl.constexpr, VALID: tl.constexpr, CAUSAL: tl.constexpr,
             DT: tl.constexpr, PREC: tl.constexpr, OWN: tl.constexpr, READ: tl.constexpr, BK: tl.constexpr,
@@ -122,7 +115,7 @@ def back_q(q, k, v, valid, index, counts, lse, d_out, lost, d_q, sq_b, sq_h, sq_
     i, t_q = _own(block, T, OWN)
     f_q = load(q + b * sq_b + h * sq_h, t_q, T, 0, K, BK, sq_t)
     d_o = load(d_out + bh * T * V, t_q, T, 0, V, BV, V)
-    total = _total(lse + bh * T, t_q, T)
+    total = total_of(lse + bh * T, t_q, t_q < T)
     taken = tl.load(lost + bh * T + t_q, mask=t_q < T, other=0.0)
     count = tl.load(counts + bh * n + i)
     index += (bh * n + i) * n
@@ -160,7 +153,7 @@ def back_k(q, k, v, valid, index, counts, lse, d_out, lost, d_k, d_v, sq_b, sq_h
             f_q = load(q + b * sq_b + h * sq_h, t_q, T, 0, K, BK, sq_t)
             d_o = load(d_out + bh * T * V, t_q, T, 0, V, BV, V)
             scores = _scores(f_q, f_k, t_q, t_k, keys, T, scale, CAUSAL, DT, PREC)
-            weights = tl.exp(scores - _total(lse + bh * T, t_q, T)[:, None])
+            weights = tl.exp(scores - total_of(lse + bh * T, t_q, t_q < T)[:, None])
             d_values += dot(tl.trans(weights), d_o, DT, PREC)
             taken = tl.load(lost + bh * T + t_q, mask=t_q < T, other=0.0)
             d_scores = weights * (dot(d_o, tl.trans(f_v), DT, PREC) - taken[:, None])

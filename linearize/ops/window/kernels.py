@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from linearize.ops._triton import dot, load, store
+from linearize.ops._triton import dot, load, store, total_of
 
 NONE = tl.constexpr(-float("inf"))
 
@@ -67,13 +67,6 @@ def forward(q, k, v, codes_q, codes_k, out, lse, top, which, sq_b, sq_h, sq_t, s
 
 
 @triton.jit
-def _total(lse, t, T):
-    """The log-sum-exp of queries, 0 where nothing is seen: there all scores are -inf."""
-    total = tl.load(lse + t, mask=t < T, other=0.0)
-    return tl.where(total == NONE, 0.0, total)
-
-
-@triton.jit
 def _gradient(scores, total, d_weights, lost, d_top, best, s):
     """Of the scores. lost: what normalising takes, sum of d out * out - d lse."""
     d = tl.exp(scores - total[:, None]) * (d_weights - lost[:, None])
@@ -91,7 +84,7 @@ def back_q(q, k, v, codes_q, codes_k, lse, which, d_out, lost, d_top, d_q, sq_b,
     t = n * BT + tl.arange(0, BT)
     at, code_q = t + S - T, _codes(codes_q, b, t, T)
     f_q = load(q + b * sq_b + h * sq_h, t, T, 0, K, BK, sq_t)
-    d_o, total = load(d_out + bh * T * V, t, T, 0, V, BV, V), _total(lse + bh * T, t, T)
+    d_o, total = load(d_out + bh * T * V, t, T, 0, V, BV, V), total_of(lse + bh * T, t, t < T)
     taken = tl.load(lost + bh * T + t, mask=t < T, other=0.0)
     d_most = tl.load(d_top + bh * T + t, mask=t < T, other=0.0)
     best = tl.load(which + bh * T + t, mask=t < T, other=-1)
@@ -132,7 +125,7 @@ def back_k(q, k, v, codes_q, codes_k, lse, which, d_out, lost, d_top, d_k, sq_b,
             taken = tl.load(lost + bh * T + t, mask=t < T, other=0.0)
             d_most = tl.load(d_top + bh * T + t, mask=t < T, other=0.0)
             best = tl.load(which + bh * T + t, mask=t < T, other=-1)
-            d_scores = _gradient(scores, _total(lse + bh * T, t, T), d_weights, taken, d_most, best, s)
+            d_scores = _gradient(scores, total_of(lse + bh * T, t, t < T), d_weights, taken, d_most, best, s)
             d += dot(tl.trans(d_scores), f_q, DT, PREC)
     store(d_k + bg * S * K, d * scale, s, S, 0, K, BK)
 
@@ -157,6 +150,6 @@ def back_v(q, k, v, codes_q, codes_k, lse, d_out, d_v, sq_b, sq_h, sq_t, sk_b, s
             t = i * BS + tl.arange(0, BS)
             f_q = load(q + b * sq_b + h * sq_h, t, T, 0, K, BK, sq_t)
             scores = _scores(f_q, f_k, t + S - T, s, _codes(codes_q, b, t, T), code_k, width, ahead, scale, DT, PREC)
-            weights = tl.exp(scores - _total(lse + bh * T, t, T)[:, None])
+            weights = tl.exp(scores - total_of(lse + bh * T, t, t < T)[:, None])
             d += dot(tl.trans(weights), load(d_out + bh * T * V, t, T, 0, V, BV, V), DT, PREC)
     store(d_v + bg * S * V, d, s, S, 0, V, BV)
