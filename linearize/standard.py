@@ -44,6 +44,12 @@ def scored(
     if found.plan.task != "text":
         raise Unsupported(f"lm-eval asks language models; this one is for {found.plan.task}")
     others, bytes_of = variants(found)
+    notes = []
+    if loaded.writing:  # a branch alone has no state to write from
+        branches = {branch for mixer in found.surgery.mixers.values() for branch in mixer.branches}
+        others = [(name, enter) for name, enter in others if name not in branches]
+        left = f"Branches are not switched off where a task writes ({', '.join(loaded.writing)})."
+        notes = [left] if branches else []
     base = found.base.model
     scores, requests = harness.measure(
         found.student.model, found.base.processor, loaded, others, teacher=lambda: nullcontext(base),
@@ -62,5 +68,6 @@ def scored(
             )
             for name, row in scores.items()
         ],
+        notes=notes,
     )
     return Scored(done, standard.write(done, Path(model if output_dir is None else output_dir)))

@@ -119,6 +119,14 @@ def _nll(model, tokenizer, text):
     return -logp.gather(1, ids[0, 1:, None]).sum().item()
 
 
+@torch.no_grad()
+def _choice(model, tokenizer, question, choice):
+    """Nats of a choice behind its question."""
+    ids = torch.tensor([tokenizer(question + choice)["input_ids"]])
+    logp = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])
+    return -logp[len(tokenizer(question)["input_ids"]) - 1 :].sum().item()
+
+
 def test_scores_are_those_counted_by_hand(lm_eval, folder, pair, capsys):
     teacher, student, tokenizer = pair
     loaded = harness.load(["riddles", "prose", "went-on"], folder)
@@ -136,7 +144,7 @@ def test_scores_are_those_counted_by_hand(lm_eval, folder, pair, capsys):
         assert bits.value == pytest.approx(nats / size / 0.6931471805599453, rel=1e-4)
         assert bits.higher_is_better is False and bits.stderr is None  # lm-eval has none for it
         right = [
-            min(range(len(choices)), key=lambda n: _nll(model, tokenizer, question + choices[n])) == answer
+            min(range(len(choices)), key=lambda n: _choice(model, tokenizer, question, choices[n])) == answer
             for question, choices, answer in RIDDLES
         ]
         assert scores["riddles", "acc"].value == pytest.approx(sum(right) / len(right))
@@ -175,3 +183,6 @@ def test_the_suite_of_a_converted_folder(lm_eval, folder, tmp_path, capsys):
     assert str(tmp_path) not in (out / "lm-eval.json").read_text()
     assert "zero-token window" in tables.render(standard.table(found), "markdown")
     assert not list(out.glob("*.tmp*"))
+    assert cli._run([*words[:6], "went-on", *words[7:], "--limit", "2"]) == 0  # a task that writes, one token at a time
+    written = read(out / "lm-eval.json", standard.Standard)
+    assert [row.name for row in written.rows] == names[:4] and "went-on" in written.notes[0]

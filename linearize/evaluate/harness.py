@@ -55,6 +55,11 @@ class Loaded:
     built: dict[str, Any]
     version: str
 
+    @property
+    def writing(self) -> list[str]:
+        """Tasks that let the model write, token by token."""
+        return [n for n, task in self.built["tasks"].items() if getattr(task, "OUTPUT_TYPE", "") == "generate_until"]
+
 
 def load(names: Sequence[str], folder: Path | None) -> Loaded:
     """The named tasks, groups or tags; of `folder` alone where one is given, else those that come with lm-eval (their
@@ -117,7 +122,7 @@ def measure(
     digests: set[str] = set()
     with evaluating(model), _quiet():
         for name, enter in [(TEACHER, teacher), *variants]:
-            with enter() as other, _seeded(seed):
+            with enter() as other, _seeded(seed), _without_cache(chosen(model, other)):
                 asked = _harness(chosen(model, other), copy.deepcopy(tokenizer), positions, name)
                 for task in tasks.built["tasks"].values():
                     task.set_fewshot_seed(seed=seed)
@@ -129,6 +134,17 @@ def measure(
     if len(digests) != 1:
         raise InputError("the rows were not asked the same: a task of --tasks makes new prompts each time")
     return found, digests.pop()
+
+
+@contextlib.contextmanager
+def _without_cache(model: Any) -> Iterator[None]:
+    """Scoring reads a text once and keeps nothing; lm-eval asks for a cache by itself where a task writes."""
+    config = model.config.get_text_config()
+    before, config.use_cache = getattr(config, "use_cache", True), False
+    try:
+        yield
+    finally:
+        config.use_cache = before
 
 
 def _harness(model: nn.Module, tokenizer: Any, positions: int | None, name: str) -> Any:

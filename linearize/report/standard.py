@@ -54,6 +54,7 @@ class Standard(Provenance):
     trained: dict[str, int] = {}
     settings: Annotated[dict[str, Any], BeforeValidator(without_paths)]
     rows: list[Row]
+    notes: list[str] = []
 
 
 def table(found: Standard) -> Table:
@@ -73,7 +74,7 @@ def table(found: Standard) -> Table:
     if lower:
         notes.append("↓: lower is better.")
     counts = dict.fromkeys(f"{s.task} {s.asked:,} at {s.shots} shots" for s in found.rows[0].scores)
-    notes.append(f"Documents: {', '.join(counts)}.")
+    notes += [f"Documents: {', '.join(counts)}.", *found.notes]
     return Table(
         "Standard tasks",
         ["", *columns, "state"],
