@@ -4,7 +4,7 @@
     python benchmarks/aot.py --check     compiles, compares with the file, exits with 4 on a spill or too much memory
 
 At most 40, so that a cold run is short. Left out are kernels that hold little (scans, what adds gates up, what lists
-blocks) and `sums` without BACK, which is the same kernel with less to do.
+blocks), forward and back_v where back_q and back_k hold more, and `sums` without BACK, the same kernel with less to do.
 
 Compiled kernels are kept by Triton's cache, which knows the source (TRITON_CACHE_DIR names its folder).
 """
@@ -28,7 +28,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from linearize.ops import _triton, gated_linear, local2d, mapped_linear, topk
+from linearize.ops import _triton, gated_linear, local2d, mapped_linear, topk, window
 from linearize.ops.gated_linear import kernels as gated_kernels
 from linearize.ops.gated_linear import triton as gated
 from linearize.ops.local2d import kernels as circle_kernels
@@ -37,6 +37,8 @@ from linearize.ops.mapped_linear import kernels as mapped_kernels
 from linearize.ops.mapped_linear import triton as mapped
 from linearize.ops.topk import kernels as block_kernels
 from linearize.ops.topk import triton as blocks
+from linearize.ops.window import kernels as window_kernels
+from linearize.ops.window import triton as windows
 
 FILE = Path(__file__).parent / "kernels.json"
 TARGETS = {
@@ -50,7 +52,7 @@ POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp
 POINTED = {"valid": "*i1", "which": "*i32", "index": "*i32", "counts": "*i32"}
 POINTED |= dict.fromkeys(("segments", "codes_q", "codes_k"), "*i64")
 STRIDE = re.compile(r"s[qkvgxy]_[bht]$")
-NUMBERS = {"size", "chunks", "rows", "columns", "radius", "prefix", "others", "n", "block"}
+NUMBERS = {"size", "chunks", "rows", "columns", "radius", "prefix", "others", "n", "block", "width", "ahead"}
 B16, F32 = torch.bfloat16, torch.float32
 
 
@@ -124,8 +126,8 @@ def of_gated_linear() -> Iterator[Kernel]:
 
 
 def of_local2d() -> Iterator[Kernel]:
-    kernels = [(B16, 128, name) for name in ("forward", "back_q", "back_k", "back_v")]
-    kernels += [(F32, 64, name) for name in ("forward", "back_q", "back_k")]
+    kernels = [(B16, 128, "forward")]
+    kernels += [(dtype, size, name) for dtype, size in ((B16, 128), (F32, 64)) for name in ("back_q", "back_k")]
     floats = frozenset({"lse", "top", "lost", "d_top", "out", "d_out"})
     for dtype, size, kernel in kernels:
 
@@ -139,7 +141,7 @@ def of_local2d() -> Iterator[Kernel]:
 
 def of_topk() -> Iterator[Kernel]:
     """Of blocks of 64 and more: smaller ones are smaller tiles."""
-    kernels = [(dtype, 128, name) for dtype in (B16, F32) for name in ("forward", "back_q", "back_k")]
+    kernels = [(dtype, 128, name) for dtype in (B16, F32) for name in ("back_q", "back_k")]
     kernels += [(B16, 256, "forward"), (B16, 256, "back_k")]
     floats = frozenset({"lse", "lost", "out", "d_out"})
     for dtype, size, kernel in kernels:
@@ -152,12 +154,25 @@ def of_topk() -> Iterator[Kernel]:
         yield Kernel(name, getattr(block_kernels, kernel), dtype, floats, make)
 
 
+def of_window() -> Iterator[Kernel]:
+    kernels = [(dtype, size, name) for dtype, size in ((B16, 128), (F32, 64)) for name in ("back_q", "back_k")]
+    for dtype, size, kernel in kernels:
+
+        def make(roomy: bool, hip: bool, dtype=dtype, size=size, kernel=kernel):
+            at = windows.tiles(kernel, dtype, roomy, hip)
+            return windows.constants(dtype, size, size, at, hip), at.warps
+
+        name = f"window {kernel} {str(dtype).removeprefix('torch.')} {size}"
+        floats = frozenset({"lse", "lost", "d_top", "d_out"})
+        yield Kernel(name, getattr(window_kernels, kernel), dtype, floats, make)
+
+
 #: all that can come near a limit
-KERNELS = [*of_mapped_linear(), *of_gated_linear(), *of_local2d(), *of_topk()]
+KERNELS = [*of_mapped_linear(), *of_gated_linear(), *of_local2d(), *of_topk(), *of_window()]
 
 
 def source_hash() -> str:
-    folders = [Path(op.__file__).parent for op in (gated_linear, local2d, mapped_linear, topk)]
+    folders = [Path(op.__file__).parent for op in (gated_linear, local2d, mapped_linear, topk, window)]
     files = [folder / name for folder in folders for name in ("kernels.py", "triton.py")]
     texts = [file.read_bytes() for file in (*files, Path(_triton.__file__), Path(__file__))]
     return hashlib.sha256(b"".join([*texts, triton.__version__.encode()])).hexdigest()
