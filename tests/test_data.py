@@ -374,9 +374,11 @@ def test_an_interrupted_run_ends_with_the_same_bytes(writer, tmp_path, monkeypat
         selfgen(*writer, 200, 16, batch=4, folder=tmp_path / "cut")
     again = selfgen(*writer, 200, 16, batch=4, folder=tmp_path / "cut")
     assert again.digest == whole.digest
+    assert whole.made is not None and again.made is not None and again.made.tokens == whole.made.tokens == whole.tokens
+    assert whole.made.steps == 4 and whole.made.seconds > 0 and not whole.made.notes  # 4 x 16 tokens a shard
     files = sorted(f.name for f in (tmp_path / "whole").iterdir())
-    assert len(files) == 5 and files == sorted(f.name for f in (tmp_path / "cut").iterdir())
-    for name in files:
+    assert len(files) == 6 and files == sorted(f.name for f in (tmp_path / "cut").iterdir())
+    for name in set(files) - {module.TIMES}:
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
 
 

@@ -330,7 +330,7 @@ def test_methods_of_images(family, method, settings, tmp_path):
     with torch.no_grad():
         out = run(model, inputs(family))[0]  # some biases take another kernel where nothing is trained
         alone = run(model, {k: v[1:] for k, v in inputs(family).items()})[0]
-        torch.testing.assert_close(out[1:], alone, atol=1e-5, rtol=0)
+        torch.testing.assert_close(out[1:], alone, atol=3e-5, rtol=0)
         assert torch.equal(run(copy.deepcopy(model), inputs(family))[0], out)
         files.save(model, tmp_path / "model")
         assert torch.equal(run(files.load(tmp_path / "model").eval(), inputs(family))[0], out)

@@ -211,7 +211,7 @@ def test_a_baseline_shares_the_weights_and_leaves_the_conversion(model):
     off = compare(model, docs, [("off", lambda: surgery.ablate("linear_off"))], teacher=surgery.teacher)[1]
     assert off.kl == pytest.approx(alone.kl, abs=1e-5)
     everything = twin(model, "window", {"window": 64, "sinks": 0})
-    assert compare(model, docs, [("w", lambda: nullcontext(everything))], teacher=surgery.teacher)[1].kl < 1e-9
+    assert compare(model, docs, [("w", lambda: nullcontext(everything))], teacher=surgery.teacher)[1].kl < 1e-7
 
 
 # ------------------------------------------------------------------------------------------------ generation

@@ -246,7 +246,8 @@ def test_a_larger_teacher_on_the_road(pipe, recipe, tmp_path):
     more = [*FAST, f"stages.finetune.teacher={large}", "stages.finetune.variance=0.05", "stages.finetune.mode=full"]
     done = api.convert(pipe, recipe=recipe, overrides=more, output_dir=tmp_path / "out")
     assert "fine-tuned on the answers of large" in done.report.notes
-    assert done.report.stages[0].series.keys() >= {"prediction", "variance", "denoise"}
+    assert [stage.name for stage in done.report.stages] == ["selfgen", "finetune"]
+    assert done.report.stages[1].series.keys() >= {"prediction", "variance", "denoise"}
     assert str(tmp_path) not in (tmp_path / "out" / "report.json").read_text()
     other = keep(tmp_path / "other", latent_dit(num_layers=3), vae(seed=1))
     with pytest.raises(InputError, match="teacher: other cannot teach .* autoencoders make other pictures"):

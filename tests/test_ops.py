@@ -284,7 +284,7 @@ def test_strong_gates_over_ten_thousand_tokens(per_head):
         assert (size > 1e-30).all() and ((found - exact).abs() <= 2e-5 * size).all()
 
 
-@pytest.mark.parametrize("nats", [0.1, 23.9, 24.1, 60.0, 400.0])
+@pytest.mark.parametrize("nats", [0.1, 15.9, 16.1, 40.0, 200.0])
 def test_mild_and_strong_chunks_agree_in_float32(nats):
     """A chunk is one product, several, or pairs of blocks, by how much it fades: right on either side of a border."""
     q, k, v, g = (x.float() for x in _gated(2, 2, 2, 128))

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 VERSION = 1
+#: seconds of each shard, beside the index: no part of the data
+TIMES = "seconds.json"
 #: Parameter names of what surgery and LoRA added: not the teacher's.
 ADDED = ("linearize_mixer", "lora_")
 
@@ -329,7 +331,8 @@ def _prompt_ids(prompts: Sequence[str] | Sequence[Chat], tokenizer: Any, length:
 
 # -------------------------------------------------------------------------------------------------- on disk
 class Store:
-    """Shards in a folder with an index of their hashes and of the seconds that each took, or nowhere."""
+    """Shards in a folder with an index of their hashes, or nowhere; beside it, since the same data take another time on
+    another day, how long each shard took."""
 
     def __init__(self, folder: str | Path | None, settings: dict[str, Any]) -> None:
         self.folder = None if folder is None else Path(folder)
@@ -346,7 +349,8 @@ class Store:
         try:
             found = json.loads(index.read_text())
             kept, self.hashes = found["settings"], found["shards"]
-            self.seconds = list(found.get("seconds", []))
+            times = self.folder / TIMES
+            self.seconds = list(json.loads(times.read_text())) if times.is_file() else []
         except (OSError, ValueError, KeyError, TypeError):
             raise StorageError(f"{index} is not readable: delete {self.folder} and run again") from None
         if kept != settings:
@@ -405,8 +409,9 @@ class Store:
         if self.folder is None:
             return
         self.hashes[number : number + 1] = [_hash(self._path(number).read_bytes())]
-        index = {"settings": self.settings, "shards": self.hashes, "seconds": self.seconds}
+        index = {"settings": self.settings, "shards": self.hashes}
         write_atomic(self.folder / "index.json", json.dumps(index, indent=1) + "\n")
+        write_atomic(self.folder / TIMES, json.dumps(self.seconds) + "\n")
 
     def made(self, shards: int, tokens: int) -> StageReport:
         """What the first `shards` of them cost, this time or another: data are no training, and counted apart."""

@@ -1,13 +1,12 @@
 """Gated linear attention in chunks, plain torch: O(T), any device, differentiable once.
 
-A chunk whose gates keep more than exp(-MILD) of everything is one matrix product: queries times exp(G - M), keys times
-exp(M - G), G summed from its start (Lizard's form, 2507.09025) and M half of its end, so that exponents are at most
-MILD / 2. One that fades by somewhat more is halved, and halved again. In any other, blocks are merged in pairs, 1 + 1,
-2 + 2, ... tokens. Queries carry what they faded since their block began, keys what they will have faded when theirs
-ends; later queries on earlier keys of a pair are then one matrix product. There only exponentials of sums of log gates
-occur, all at most 1: no exp(-G) and no differences of sums, so that strong gates neither overflow nor lose digits.
-GLA's secondary chunks (2312.06635) take differences; here log2(chunk) rounds of O(TF) stand in their place. The state
-changes by expm1: float32 rounds gates near 1 badly.
+A chunk whose gates keep more than exp(-MILD) of everything is one matrix product: queries times exp(G), keys times
+exp(-G), G summed from its start (Lizard's form, 2507.09025). One that fades by somewhat more is halved, and halved
+again. In any other, blocks are merged in pairs, 1 + 1, 2 + 2, ... tokens. Queries carry what they faded since their
+block began, keys what they will have faded when theirs ends; later queries on earlier keys of a pair are then one
+matrix product. There only exponentials of sums of log gates occur, all at most 1: no exp(-G) and no differences of
+sums, so that strong gates neither overflow nor lose digits. GLA's secondary chunks (2312.06635) take differences; here
+log2(chunk) rounds of O(TF) stand in their place. The state changes by expm1: float32 rounds gates near 1 badly.
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-#: nats that a chunk may fade by and still be one product: exp(12) costs float32 no digit that the sums have
-MILD = 24.0
+#: nats that a chunk may fade by and still be one product: exp(16) costs float32 no digit that the sums have
+MILD = 16.0
 
 
 def gated_linear_torch(
@@ -139,10 +138,9 @@ def _readable(x: Tensor) -> bool:
 
 
 def _mild_chunk(q_CF: Tensor, k_CF: Tensor, g_CF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    half_1F = (g_CF.sum(-2, keepdim=True) / 2).exp()
-    kept_CF = g_CF.cumsum(-2).exp() / half_1F
+    kept_CF = g_CF.cumsum(-2).exp()
     late_q, early_k = q_CF * kept_CF, k_CF / kept_CF
-    return (late_q @ early_k.mT).tril(), late_q * half_1F, early_k * half_1F
+    return (late_q @ early_k.mT).tril(), late_q, early_k * g_CF.sum(-2, keepdim=True).exp()
 
 
 def _chunk(q_CF: Tensor, k_CF: Tensor, g_CF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
