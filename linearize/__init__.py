@@ -22,7 +22,7 @@ _VERBS = {
     "Surgery": "linearize.surgery.attach",
     "save": "linearize.surgery.files",
     "load": "linearize.models",
-    "prefix": "linearize.surgery.state",
+    "prefix": "linearize.api",
     "restore": "linearize.surgery.state",
     "snapshot": "linearize.surgery.state",
 }

@@ -496,3 +496,14 @@ def report(model: str | Path | None = None, *, update_readme: bool = False, chec
     found = schema.read(model, schema.Report)
     html.write_html(found, Path(model) / "report.html")
     return Reported(found, Path(model))
+
+
+def prefix(model: nn.Module, text: Any, tokenizer: Any = None, file: str | Path | None = None, **options: Any) -> Any:
+    """`surgery.state.prefix`; tokenizer None: the one beside the model, where that was loaded from. Raises InputError
+    where it does not say so."""
+    from linearize.models import processor_of_model
+    from linearize.surgery import state
+
+    if tokenizer is None and isinstance(text, str):
+        tokenizer = processor_of_model(model, "text")
+    return state.prefix(model, text, tokenizer, file, **options)

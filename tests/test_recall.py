@@ -170,7 +170,7 @@ def test_the_suite_of_a_converted_folder(converted, tmp_path):
     for task in ("passkey", "s-niah-2", "s-niah-3"):
         assert f"{task}: depth against length" in page
     assert page.count("data:image/png") == 4 and str(tmp_path) not in page
-    with pytest.raises(InputError, match="recall and layers"):
+    with pytest.raises(InputError, match="recall, layers and lm-eval"):
         api.recall(converted, suite="remember")
 
 

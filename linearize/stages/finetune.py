@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from linearize.plan import FinetunePlan
 from linearize.problems import LOSSES
-from linearize.seams import hf
 from linearize.stages.base import Job
 from linearize.stages.denoising import Denoising
 from linearize.stages.loop import train
@@ -25,7 +24,9 @@ from linearize.types import InputError, StageReport
 def lora_targets(model: nn.Module, sites: list[str], wanted: str | list[str]) -> list[str]:
     """Full names of the linear modules that get LoRA: all around the converted layers ("attention"), or those whose
     name ends with one of `wanted`. Raises InputError when nothing matches."""
-    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | hf.Conv1D) and CHILD not in n]
+    from transformers.pytorch_utils import Conv1D
+
+    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and CHILD not in n]
     if wanted == "attention":
         found = [n for n in linear if any(n.startswith(f"{site}.") for site in sites)]
     else:

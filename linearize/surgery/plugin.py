@@ -22,6 +22,7 @@ import linearize
 from linearize.mixers.base import MixerConfig
 from linearize.seams import hooks
 from linearize.seams.dit_inputs import small_inputs
+from linearize.seams.hooks import lora_forget
 from linearize.storage import write_atomic
 from linearize.surgery.attach import Surgery
 from linearize.surgery.port import CHILD
@@ -100,7 +101,7 @@ def eject_lora(model: Any, adapter: str) -> None:
     configs = model.__dict__.get("peft_config", {})
     configs.pop(adapter, None)
     if not configs:
-        hooks.lora_forget(model)
+        lora_forget(model)
 
 
 # -------------------------------------------------------------------------------------------------------------- writing

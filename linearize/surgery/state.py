@@ -84,17 +84,14 @@ def prefix(
 ) -> Prompt:
     """Run a prompt through a converted model and keep what it remembers; with `file`, also write it there.
 
-    text: words, ids, or ids [B, T] (with `attention_mask` where some are padding). tokenizer: of the words; None is the
-    one beside the model, where that was loaded from. Raises InputError for an empty prompt, a model that is not
-    converted, or one that does not say where it came from, StorageError.
+    text: words, ids, or ids [B, T] (with `attention_mask` where some are padding). tokenizer: of the words. Raises
+    InputError for an empty prompt, a model that is not converted, or words without a tokenizer, StorageError.
     """
     version = state_version(_converted(model))
     device = next(p for p in model.parameters() if p.device.type != "meta").device
     if isinstance(text, str):
         if tokenizer is None:
-            from linearize.models import processor_of_model
-
-            tokenizer = processor_of_model(model, "text")
+            raise InputError("prefix: pass the tokenizer of the words")
         ids_BT = tokenizer(text, return_tensors="pt")["input_ids"]
     else:
         ids_BT = torch.as_tensor(text, dtype=torch.long)
