@@ -17,16 +17,14 @@ from linearize.stages.base import Job
 from linearize.stages.denoising import Denoising
 from linearize.stages.loop import train
 from linearize.stages.targets import Features, NextTokens
-from linearize.surgery.port import CHILD
+from linearize.surgery.port import CHILD, LINEAR
 from linearize.types import InputError, StageReport
 
 
 def lora_targets(model: nn.Module, sites: list[str], wanted: str | list[str]) -> list[str]:
     """Full names of the linear modules that get LoRA: all around the converted layers ("attention"), or those whose
     name ends with one of `wanted`. Raises InputError when nothing matches."""
-    from transformers.pytorch_utils import Conv1D
-
-    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and CHILD not in n]
+    linear = [n for n, m in model.named_modules() if isinstance(m, LINEAR) and CHILD not in n]
     if wanted == "attention":
         found = [n for n in linear if any(n.startswith(f"{site}.") for site in sites)]
     else:

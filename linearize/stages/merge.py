@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from linearize.surgery.attach import Surgery
 from linearize.surgery.plugin import lora_forget
+from linearize.surgery.port import LINEAR
 from linearize.types import Unsupported
 
 
@@ -50,10 +51,8 @@ def merged_weight(layer: Any) -> Tensor:
 
 def _refuse(name: str, layer: Any) -> None:
     """Raises Unsupported where `merged_weight` would not be the whole truth about this layer."""
-    from transformers.pytorch_utils import Conv1D
-
     base = layer.get_base_layer()
-    if type(base) not in (nn.Linear, Conv1D) or not base.weight.is_floating_point():
+    if type(base) not in LINEAR or not base.weight.is_floating_point():
         raise Unsupported(
             f"{name}: LoRA beside a {type(base).__module__}.{type(base).__name__} cannot be merged exactly (quantised "
             "or custom weights): load the base un-quantised, put the adapter on it and merge there, or keep the adapter"

@@ -19,6 +19,9 @@ from linearize.seams.grid import Grid, Layout
 from linearize.surgery.renew import Renewed
 from linearize.types import Context, InputError, Rotary, Site, Unsupported
 
+#: modules that are one matrix product
+LINEAR = (nn.Linear, hf.Conv1D)
+
 #: the child module that holds a mixer; families own names like `linear_attn` themselves
 CHILD = "linearize_mixer"
 PORT = "linearize_port"
