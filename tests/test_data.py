@@ -378,6 +378,9 @@ def test_an_interrupted_run_ends_with_the_same_bytes(writer, tmp_path, monkeypat
     assert whole.made.steps == 4 and whole.made.seconds > 0 and not whole.made.notes  # 4 x 16 tokens a shard
     files = sorted(f.name for f in (tmp_path / "whole").iterdir())
     assert len(files) == 6 and files == sorted(f.name for f in (tmp_path / "cut").iterdir())
+    (tmp_path / "cut" / module.TIMES).unlink()  # as older folders have none
+    older = selfgen(*writer, 200, 16, batch=4, folder=tmp_path / "cut").made
+    assert older is not None and older.seconds != older.seconds and "4 of 4 shards" in older.notes[0]
     for name in set(files) - {module.TIMES}:
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
 

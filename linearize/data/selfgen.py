@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import random
 import time
 from collections.abc import Iterator, Sequence
@@ -416,8 +417,10 @@ class Store:
     def made(self, shards: int, tokens: int) -> StageReport:
         """What the first `shards` of them cost, this time or another: data are no training, and counted apart."""
         known = [seconds for seconds in self.seconds[:shards] if seconds is not None]
-        notes = [] if len(known) == shards else [f"how long {shards - len(known)} of {shards} shards took is not known"]
-        return StageReport("selfgen", shards, tokens, sum(known), notes=notes)
+        if len(known) == shards:
+            return StageReport("selfgen", shards, tokens, sum(known))
+        note = f"how long {shards - len(known)} of {shards} shards took is not known"
+        return StageReport("selfgen", shards, tokens, math.nan, notes=[note])
 
 
 def _hash(data: bytes) -> str:
